@@ -1,0 +1,171 @@
+"""Causal depthwise convolutions: short and long kernels, plain and gated."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from star_kernels import dispatch
+from star_kernels.contracts import Contract, autocast_together
+from star_kernels.convolution import reference
+
+for _name in ("short_conv", "gated_short_conv", "long_conv", "gated_long_conv"):
+    dispatch.register(_name, "reference", getattr(reference, _name))
+
+
+def short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal depthwise convolution with a few taps: y_t = activation(Σ_k weight_k ⊙ x_{t-K+1+k} + bias).
+
+    Args:
+        x: (B, L, D), any strides whose last dimension is contiguous.
+        weight: (D, K); tap K-1 multiplies the current token.
+        bias: (D,).
+        activation: None or "silu".
+        initial_state: (B, K-1, D), the inputs before the first token, oldest first; zeros if None.
+        return_final_state: also return the last K-1 inputs, (B, K-1, D).
+        cu_seqlens: (S+1,) int32 offsets of S sequences packed into a batch of 1; states are (S, K-1, D).
+        backend: None (the fastest that covers the call), "reference", "cpp", "cuda" or "triton".
+
+    Returns:
+        y (B, L, D) in x's dtype, or (y, final_state).
+
+    Raises:
+        ValueError, TypeError: an argument of another shape, dtype or device than named above.
+    """
+    (x,) = autocast_together(x)
+    call = Contract("short_conv")
+    call.tensor("x", x, "B L D")
+    _check_taps(call, weight, bias, initial_state, cu_seqlens)
+    call.choice("activation", activation, (None, "silu"))
+    call.flag("return_final_state", return_final_state)
+    return dispatch.choose("short_conv", backend, x)(
+        x,
+        weight,
+        bias,
+        activation=activation,
+        initial_state=initial_state,
+        return_final_state=return_final_state,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def gated_short_conv(
+    b: Tensor,
+    c: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LFM2's gated short convolution, c ⊙ short_conv(b ⊙ x), in one pass (arXiv 2511.23404).
+
+    Args:
+        b, c, x: (B, L, D), the input gate, the output gate and the values.
+        weight, bias, cu_seqlens, backend: as in :func:`short_conv`.
+        initial_state: (B, K-1, D), the last products b ⊙ x before the first token, oldest first.
+        return_final_state: also return the last K-1 products b ⊙ x.
+
+    Returns:
+        y (B, L, D) in x's dtype, or (y, final_state).
+
+    Raises:
+        ValueError, TypeError: an argument of another shape, dtype or device than named above.
+    """
+    b, c, x = autocast_together(b, c, x)
+    call = Contract("gated_short_conv")
+    call.tensor("b", b, "B L D")
+    call.tensor("c", c, "B L D")
+    call.tensor("x", x, "B L D")
+    _check_taps(call, weight, bias, initial_state, cu_seqlens)
+    call.flag("return_final_state", return_final_state)
+    return dispatch.choose("gated_short_conv", backend, x)(
+        b,
+        c,
+        x,
+        weight,
+        bias,
+        initial_state=initial_state,
+        return_final_state=return_final_state,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def _check_taps(
+    call: Contract,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    call.parameter("weight", weight, "D K")
+    call.at_least("K", 1)
+    call.optional_parameter("bias", bias, "D")
+    call.sequences(cu_seqlens)
+    call.state("initial_state", initial_state, "S K-1 D")
+
+
+def long_conv(x: Tensor, kernel: Tensor, skip: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """Causal depthwise convolution with a kernel as long as the sequence (Hyena, arXiv 2302.10866).
+
+    Args:
+        x: (B, L, D).
+        kernel: (D, Lk); entry 0 multiplies the current token. Entries from L on have no effect.
+        skip: (D,); adds skip ⊙ x.
+        backend: as in :func:`short_conv`.
+
+    Returns:
+        y (B, L, D) in x's dtype.
+
+    Raises:
+        ValueError, TypeError: an argument of another shape, dtype or device than named above.
+    """
+    (x,) = autocast_together(x)
+    call = Contract("long_conv")
+    call.tensor("x", x, "B L D")
+    call.parameter("kernel", kernel, "D Lk")
+    call.optional_parameter("skip", skip, "D")
+    return dispatch.choose("long_conv", backend, x)(x, kernel, skip)
+
+
+def gated_long_conv(
+    b: Tensor,
+    c: Tensor,
+    x: Tensor,
+    kernel: Tensor,
+    skip: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Hyena's operator, c ⊙ long_conv(b ⊙ x) with skip ⊙ b ⊙ x inside the gate (arXiv 2302.10866).
+
+    Args:
+        b, c, x: (B, L, D), the input gate, the output gate and the values.
+        kernel, skip, backend: as in :func:`long_conv`.
+
+    Returns:
+        y (B, L, D) in x's dtype.
+
+    Raises:
+        ValueError, TypeError: an argument of another shape, dtype or device than named above.
+    """
+    b, c, x = autocast_together(b, c, x)
+    call = Contract("gated_long_conv")
+    call.tensor("b", b, "B L D")
+    call.tensor("c", c, "B L D")
+    call.tensor("x", x, "B L D")
+    call.parameter("kernel", kernel, "D Lk")
+    call.optional_parameter("skip", skip, "D")
+    return dispatch.choose("gated_long_conv", backend, x)(b, c, x, kernel, skip)

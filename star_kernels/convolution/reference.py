@@ -1,0 +1,88 @@
+"""Causal depthwise convolutions, as their equations read.
+
+short:  y_t = Σ_k weight_k ⊙ x_{t-K+1+k} + bias            (explicit kernel of K taps)
+long:   y_t = Σ_{s<=t} kernel_{t-s} ⊙ x_s + skip ⊙ x_t     (kernel as long as the sequence)
+gated:  c ⊙ conv(b ⊙ x)                                    (LFM2, arXiv 2511.23404; Hyena, arXiv 2302.10866)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from star_kernels.packing import over_sequences
+
+
+def short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See :func:`star_kernels.short_conv`."""
+
+    def dense(x: Tensor, state: Tensor | None) -> tuple[Tensor, tuple[Tensor]]:
+        y, final_state = _short_conv_dense(x, weight, bias, state)
+        return (F.silu(y) if activation == "silu" else y), (final_state,)
+
+    if cu_seqlens is None:
+        y, (final_state,) = dense(x, initial_state)
+    else:
+        y, (final_state,) = over_sequences(dense, cu_seqlens, [x], [initial_state])
+    return (y, final_state) if return_final_state else y
+
+
+def _short_conv_dense(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    length, taps = x.shape[1], weight.shape[1]
+    past = x.new_zeros(x.shape[0], taps - 1, x.shape[2]) if state is None else state.to(x.dtype)
+    padded = torch.cat([past, x], dim=1)
+    weight = weight.to(x.dtype)
+    y = sum(padded[:, k : k + length] * weight[:, k] for k in range(taps))
+    assert isinstance(y, Tensor)
+    if bias is not None:
+        y = y + bias.to(x.dtype)
+    return y, padded[:, length:]
+
+
+def gated_short_conv(
+    b: Tensor,
+    c: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See :func:`star_kernels.gated_short_conv`."""
+    y, final_state = short_conv(
+        b * x, weight, bias, initial_state=initial_state, return_final_state=True, cu_seqlens=cu_seqlens
+    )
+    return (c * y, final_state) if return_final_state else c * y
+
+
+def long_conv(x: Tensor, kernel: Tensor, skip: Tensor | None = None) -> Tensor:
+    """See :func:`star_kernels.long_conv`. By FFT over twice the length, in float32 or float64."""
+    length = x.shape[1]
+    if length == 0 or kernel.shape[1] == 0:
+        y = x * 0
+    else:
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        size = 2 * length
+        spectrum = torch.fft.rfft(kernel[:, :length].to(wide), n=size)
+        y = torch.fft.irfft(torch.fft.rfft(x.to(wide).mT, n=size) * spectrum, n=size)
+        y = y[..., :length].mT.to(x.dtype)
+    return y if skip is None else y + skip.to(x.dtype) * x
+
+
+def gated_long_conv(b: Tensor, c: Tensor, x: Tensor, kernel: Tensor, skip: Tensor | None = None) -> Tensor:
+    """See :func:`star_kernels.gated_long_conv`."""
+    return c * long_conv(b * x, kernel, skip)

@@ -1,0 +1,105 @@
+"""Which implementation answers a call.
+
+Every operator has a ``reference``; compiled and Triton forms register themselves here with the devices and
+dtypes they cover. ``backend=None`` takes the fastest that covers the call, a name takes that one or says
+in one sentence why it cannot.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cuda", "triton", "cpp", "reference")
+"""Fastest first: the order in which ``backend=None`` tries them."""
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One form of one operator: a function with the reference's signature, and what it covers."""
+
+    function: Callable[..., Any]
+    device_type: str | None
+    dtypes: tuple[torch.dtype, ...] | None
+
+    def problem(self, tensor: Tensor) -> str | None:
+        """Why this form does not take a call on this tensor, or None where it does."""
+        if self.device_type is not None and tensor.device.type != self.device_type:
+            return f"runs on {self.device_type}, and the tensors are on {tensor.device.type}"
+        if self.dtypes is not None and tensor.dtype not in self.dtypes:
+            return f"does not take {tensor.dtype}"
+        return None
+
+
+_implementations: dict[str, dict[str, Implementation]] = {}
+_compiled_problem: str | None = None
+
+
+def load_compiled() -> bool:
+    """Loads the compiled CPU operators once; False where this installation has none."""
+    global _compiled_problem
+    try:
+        importlib.import_module("star_kernels._C")
+    except ImportError as error:
+        _compiled_problem = (
+            "this installation has no compiled CPU operators (built without a C++ compiler): "
+            f"{str(error).splitlines()[0]}"
+        )
+        return False
+    return True
+
+
+def register(
+    operator: str,
+    backend: str,
+    function: Callable[..., Any],
+    *,
+    device_type: str | None = None,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+) -> None:
+    """Adds one form of an operator. ``device_type`` and ``dtypes`` None mean: covers all of them."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it takes one of {', '.join(BACKENDS)}")
+    _implementations.setdefault(operator, {})[backend] = Implementation(function, device_type, dtypes)
+
+
+def choose(operator: str, backend: str | None, tensor: Tensor) -> Callable[..., Any]:
+    """The implementation of ``operator`` that answers a call whose first tensor is ``tensor``.
+
+    Raises:
+        ValueError: ``backend`` is no backend's name, or does not cover this call.
+    """
+    forms = _implementations[operator]
+    if backend is None:
+        for name in BACKENDS:
+            form = forms.get(name)
+            if form is not None and form.problem(tensor) is None:
+                return form.function
+    if backend not in BACKENDS:
+        raise ValueError(f"{operator}: backend is {backend!r}; it takes None or {', '.join(map(repr, BACKENDS))}")
+    form = forms.get(backend)
+    if form is None:
+        why = _compiled_problem if backend == "cpp" and _compiled_problem else "it has none for this operator"
+        raise ValueError(f"{operator}: backend {backend!r} is not available: {why}")
+    problem = form.problem(tensor)
+    if problem is not None:
+        raise ValueError(f"{operator}: backend {backend!r} {problem}")
+    return form.function
+
+
+def available(operator: str, tensor: Tensor) -> tuple[str, ...]:
+    """The backends that cover a call of ``operator`` whose first tensor is ``tensor``, fastest first."""
+    forms = _implementations[operator]
+    return tuple(name for name in BACKENDS if name in forms and forms[name].problem(tensor) is None)
+
+
+def operators() -> tuple[str, ...]:
+    """The names of all operators that have an implementation."""
+    return tuple(sorted(_implementations))
