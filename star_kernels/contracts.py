@@ -11,6 +11,7 @@ The checks run before every backend, and once; backends trust them.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -80,6 +81,15 @@ class Contract:
         """An activation that may be left out."""
         if value is not None:
             self.tensor(name, value, shape)
+
+    def tensor_like(self, name: str, value: Tensor, other: Tensor) -> None:
+        """An activation of exactly the first one's shape, however many dimensions that has."""
+        self.tensor(name, value, "...")
+        if value.shape != other.shape:
+            raise ValueError(
+                f"{self.function}: {name} has shape {tuple(value.shape)}; "
+                f"it takes {self.first}'s, {tuple(other.shape)}"
+            )
 
     def parameter(self, name: str, value: Tensor, shape: str) -> None:
         """A weight: any floating dtype (mixed precision keeps weights in float32), on the call's device."""
@@ -249,7 +259,7 @@ def autocast_together(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     Weights are left alone: every operator takes them in float32 beside half-precision activations.
     """
     first = next((tensor for tensor in tensors if isinstance(tensor, Tensor)), None)
-    if first is None or not torch.is_autocast_enabled(first.device.type):
+    if first is None or not _autocasts(first):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(
@@ -258,3 +268,13 @@ def autocast_together(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         else tensor
         for tensor in tensors
     )
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Keeps autocast from turning a reference's float32 matrix products into half-precision ones."""
+    return torch.autocast(tensor.device.type, enabled=False) if _autocasts(tensor) else nullcontext()
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -1,0 +1,74 @@
+"""The forms of softmax attention that rest on PyTorch's own fused kernel, backend "torch".
+
+``torch.nn.functional.scaled_dot_product_attention`` takes (B, H, L, D) with any strides, so the heads are
+moved by views alone. It covers every call without a softcap: causal squares by its own flag, windows, packed
+sequences and unequal lengths by a mask of (Lq, Lk). Calls with a softcap, in float64 or with an empty
+dimension take the reference's equation.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from star_kernels.attention import reference
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """See :func:`star_kernels.attention`."""
+    if softcap is not None or 0 in q.shape or 0 in k.shape or 0 in v.shape:
+        return reference.attention(
+            q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, cu_seqlens=cu_seqlens
+        )
+    queries, keys = q.shape[1], k.shape[1]
+    blind = max(0, queries - keys) if causal else 0  # leading queries that stand before the first key
+    if blind:
+        y = attention(q[:, blind:], k, v, window=window, scale=scale)
+        return F.pad(y, (0, 0, 0, 0, blind, 0))
+    if window is not None and window >= keys:
+        window = None
+    plain = window is None and cu_seqlens is None
+    square = causal and plain and queries == keys
+    mask = None
+    if not plain or (causal and not square and queries > 1):
+        mask = reference.visible_keys(q, k, causal, window, cu_seqlens)
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=square,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return y.transpose(1, 2)
+
+
+def diff_attention(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """See :func:`star_kernels.diff_attention`. Two attentions and a subtraction in float32."""
+    first = attention(q1, k1, v, causal=causal, window=window, scale=scale)
+    second = attention(q2, k2, v, causal=causal, window=window, scale=scale)
+    wide = torch.promote_types(q1.dtype, torch.float32)
+    return (first.to(wide) - lam.to(wide).reshape(-1, 1) * second.to(wide)).to(q1.dtype)
