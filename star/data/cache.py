@@ -104,7 +104,7 @@ def open_corpus(
 
 @dataclass(frozen=True)
 class _Survey:
-    """What one pass over the text finds; `bins[h]` counts the bytes of the sections whose hash starts with h."""
+    """What one pass over the text finds; `bins[h]`: bytes of the sections whose hash starts with h."""
 
     content_hash: str
     documents: int
@@ -137,14 +137,15 @@ def _survey(source: Source) -> _Survey:
 
 
 def _threshold(survey: _Survey, fraction: float, name: str) -> int:
-    """The bin below which a section is held out: the first that holds out enough and leaves some to train on."""
+    """The bin below which sections are held out: the first that holds out enough and leaves some over."""
     total = survey.total_bytes
     if total < SMALLEST_TEXT:
         raise DataError(f"data {name!r}: too small: {total} bytes of text, needs {SMALLEST_TEXT}")
     filled = np.flatnonzero(survey.bins)
     if len(filled) < 2:
         raise DataError(
-            f"data {name!r}: all {survey.sections} documents are equal, so none can be held out; give more text"
+            f"data {name!r}: all {survey.sections} documents are equal, so none can be held out apart; "
+            "give more text"
         )
     wanted = max(fraction * total, min(_SMALLEST_VALIDATION, total // 4))
     held_out = np.cumsum(survey.bins[filled])

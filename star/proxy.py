@@ -1,0 +1,223 @@
+"""The proxy: train a candidate for a moment on real text and say how well it predicts held-out text.
+
+`train_candidate` takes a genome and gives an `Outcome`, whatever happens to the candidate: divergence,
+memory that runs out and exceptions are outcomes too. torch is imported when the first candidate is
+trained, so that settings and outcomes cost nothing to those who only read and store them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from star.config import ModelConfig
+from star.data import Corpus
+from star.genome import Genome
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["CurvePoint", "Outcome", "Progress", "ProxySettings", "train_candidate"]
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class ProxySettings:
+    """How a candidate is trained; equal settings, text and threads give equal results, bit for bit on a CPU.
+
+    Args:
+        steps: optimizer steps.
+        batch_size, length: sequences a step, tokens a sequence.
+        learning_rate: peak rate of AdamW, reached after `warmup_steps`, then lowered along a half cosine to
+            `final_rate` times it.
+        weight_decay: on matrices only (two or more dimensions).
+        gradient_clip: largest norm of all gradients together.
+        validation_batches: held-out batches of the same size in one evaluation.
+        evaluate_every: steps between evaluations; 0: at the end only.
+        seed: of the initialisation and of the order of the data.
+        dtype: "float32", "bfloat16" (autocast), or "auto": bfloat16 where `star.training` finds it faster.
+        device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
+        threads: of torch while it trains; None leaves them as they are.
+
+    Raises:
+        ValueError: a value out of range; one line that names it.
+    """
+
+    steps: int = 200
+    batch_size: int = 8
+    length: int = 256
+    learning_rate: float = 2e-3
+    warmup_steps: int = 20
+    final_rate: float = 0.1
+    weight_decay: float = 0.1
+    gradient_clip: float = 1.0
+    validation_batches: int = 16
+    evaluate_every: int = 0
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "length", "validation_batches"):
+            self._require_integer(name, 1)
+        for name in ("warmup_steps", "evaluate_every", "seed"):
+            self._require_integer(name, 0)
+        if self.threads is not None:
+            self._require_integer("threads", 1)
+        if self.seed >= 2**63:
+            raise ValueError(f"ProxySettings: seed is {self.seed}, takes less than 2**63")
+        for name, low in (("learning_rate", 0.0), ("gradient_clip", 0.0)):
+            self._require_number(name, above=low)
+        for name in ("weight_decay", "final_rate"):
+            self._require_number(name, above=None)
+        if self.final_rate > 1:
+            raise ValueError(f"ProxySettings: final_rate is {self.final_rate}, takes 0 to 1")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"ProxySettings: dtype is {self.dtype!r}, takes one of {', '.join(DTYPES)}")
+        kind, _, index = str(self.device).partition(":")
+        if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
+            raise ValueError(f"ProxySettings: device is {self.device!r}, takes auto, cpu, cuda or cuda:N")
+
+    def _require_integer(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"ProxySettings: {name} is {value!r}, takes an integer of at least {least}")
+
+    def _require_number(self, name: str, above: float | None) -> None:
+        value = getattr(self, name)
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+        if not good or (above is not None and value <= above):
+            least = "at least 0" if above is None else f"more than {above:g}"
+            raise ValueError(f"ProxySettings: {name} is {value!r}, takes a number of {least}")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a whole training reads."""
+        return self.steps * self.batch_size * self.length
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict; `from_json` turns it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ProxySettings:
+        """The settings that `to_json` wrote. Raises ValueError for a name that is no field."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(data) - set(names)):
+            raise ValueError(f"ProxySettings: unknown field {unknown[0]!r}, takes {', '.join(names)}")
+        return cls(**data)
+
+
+class CurvePoint(NamedTuple):
+    """A point of the learning curve after `step` steps, in bits per byte.
+
+    `train`: mean over the steps since the point before; `validation`: None where it was not evaluated.
+    """
+
+    step: int
+    train: float
+    validation: float | None
+
+
+class Progress(NamedTuple):
+    """Where a training stands: `step` of `steps` done, the latest losses in bits per byte."""
+
+    step: int
+    steps: int
+    train: float
+    validation: float | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a candidate.
+
+    status "ok": `quality` is its bits per byte on held-out text (lower is better). status "failed": `reason`
+    says why in one line, and quality is None. `tokens` were read in training, `seconds` went by in all.
+    """
+
+    status: str
+    reason: str = ""
+    quality: float | None = None
+    curve: tuple[CurvePoint, ...] = ()
+    seconds: float = 0.0
+    tokens: int = 0
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict, the curve as lists; `from_json` turns it back."""
+        return dataclasses.asdict(self) | {"curve": [list(point) for point in self.curve]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Outcome:
+        """The outcome that `to_json` wrote."""
+        curve = tuple(CurvePoint(*point) for point in data.get("curve", ()))
+        return cls(**{**data, "curve": curve})
+
+
+def train_candidate(
+    genome: Genome,
+    config: ModelConfig,
+    settings: ProxySettings,
+    corpus: Corpus,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    save_to: str | Path | None = None,
+    build: Callable[[Genome, ModelConfig, int], nn.Module] | None = None,
+) -> Outcome:
+    """Builds `genome` at `config`, trains it on `corpus`, and gives its outcome.
+
+    Whatever goes wrong with the candidate (divergence, memory, an exception anywhere in its model) makes a
+    failed outcome; KeyboardInterrupt passes. `save_to`: the trained weights are written there as safetensors,
+    atomically, when the outcome is ok. `build`: makes the model from genome, config and seed instead of
+    `star.build_model`.
+
+    Raises:
+        ValueError: settings that no candidate could meet: a vocabulary that is not the corpus's, a text
+            shorter than `settings.length`.
+        OSError: the weights can't be written.
+    """
+    from star import training, weights
+
+    if config.vocab_size != corpus.vocab_size:
+        raise ValueError(f"vocab_size is {config.vocab_size}, but the text has {corpus.vocab_size} token ids")
+    corpus.check_length(settings.length)
+
+    start = time.perf_counter()
+    curve: list[CurvePoint] = []
+    model: nn.Module | None = None
+    try:
+        with training.thread_count(settings.threads):
+            model = (build or _build)(genome, config, settings.seed)
+            outcome = training.train_model(model, settings, corpus, progress=progress, curve=curve)
+    except Exception as error:
+        # A candidate may fail in any way that torch or a layer knows; the search goes on without it.
+        outcome = Outcome(
+            status="failed",
+            reason=training.failure_reason(error),
+            curve=tuple(curve),
+            tokens=getattr(error, "tokens", 0),
+        )
+    if outcome.ok and save_to is not None and model is not None:
+        about = {"genome": str(genome), "config": config.to_json(), "content_hash": corpus.content_hash}
+        weights.save_weights(model, save_to, about)
+    del model
+    if not outcome.ok:
+        training.release_memory()
+    return dataclasses.replace(outcome, seconds=time.perf_counter() - start)
+
+
+def _build(genome: Genome, config: ModelConfig, seed: int) -> nn.Module:
+    from star.model import build_model
+
+    return build_model(genome, config, seed=seed)
