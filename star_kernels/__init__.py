@@ -20,5 +20,17 @@ from star_kernels.loss import linear_cross_entropy as linear_cross_entropy
 from star_kernels.memoryless import glu as glu
 from star_kernels.norm import rms_norm as rms_norm
 from star_kernels.norm import rope as rope
+from star_kernels.recurrence import gated_delta_rule as gated_delta_rule
+from star_kernels.recurrence import gated_delta_rule_step as gated_delta_rule_step
+from star_kernels.recurrence import gated_linear_attention as gated_linear_attention
+from star_kernels.recurrence import gated_linear_attention_step as gated_linear_attention_step
+from star_kernels.recurrence import gru_scan as gru_scan
+from star_kernels.recurrence import gru_scan_step as gru_scan_step
+from star_kernels.recurrence import linear_scan as linear_scan
+from star_kernels.recurrence import linear_scan_step as linear_scan_step
+from star_kernels.recurrence import lstm_scan as lstm_scan
+from star_kernels.recurrence import lstm_scan_step as lstm_scan_step
+from star_kernels.recurrence import selective_scan as selective_scan
+from star_kernels.recurrence import selective_scan_step as selective_scan_step
 
 __version__ = "0.1.0"

@@ -10,6 +10,8 @@ from star_kernels.convolution import reference
 
 for _name in ("short_conv", "gated_short_conv", "long_conv", "gated_long_conv"):
     dispatch.register(_name, "reference", getattr(reference, _name))
+if dispatch.load_compiled():
+    from star_kernels.convolution import compiled as compiled
 
 
 def short_conv(

@@ -1,0 +1,115 @@
+// From stable-ABI tensors to the plain types of the kernels, with the checks that keep a direct call of an
+// operator inside its tensors. Users' mistakes are caught earlier, in Python, with better words.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "types.h"
+
+namespace star {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using torch::headeronly::ScalarType;
+
+inline Dtype dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
+  }
+  return Dtype::float32;
+}
+
+// A tensor with these sizes (-1: any), on the CPU.
+inline void check_sizes(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+  bool fits = tensor.dim() == static_cast<int64_t>(sizes.size());
+  int64_t dim = 0;
+  for (int64_t size : sizes) {
+    fits = fits && (size < 0 || tensor.size(dim) == size);
+    ++dim;
+  }
+  STD_TORCH_CHECK(fits, name, " has a wrong shape");
+}
+
+inline void check_dtype(const Tensor& tensor, const char* name, ScalarType dtype) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has a wrong dtype");
+}
+
+// The tensor itself where its last dimension is contiguous, a contiguous copy elsewhere.
+inline Tensor with_contiguous_rows(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  const bool fits = tensor.size(last) <= 1 || tensor.stride(last) == 1;
+  return fits ? tensor : torch::stable::contiguous(tensor);
+}
+
+// A (batch, length, width) tensor as rows. A (batch, width) one has rows with stride 0.
+inline Rows rows_of(const Tensor& tensor) {
+  Rows rows;
+  rows.data = tensor.data_ptr();
+  rows.batch_stride = tensor.stride(0);
+  rows.row_stride = tensor.dim() > 2 ? tensor.stride(1) : 0;
+  return rows;
+}
+
+inline Tensor empty_like_shape(const Tensor& like, std::vector<int64_t> sizes) {
+  return torch::stable::new_empty(like, sizes);
+}
+
+inline Tensor empty_float(const Tensor& like, std::vector<int64_t> sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+}
+
+// Any floating tensor as contiguous float32 (itself where it is that already).
+inline Tensor as_float(const Tensor& tensor) {
+  const Tensor converted =
+      tensor.scalar_type() == ScalarType::Float ? tensor : torch::stable::to(tensor, ScalarType::Float);
+  return torch::stable::contiguous(converted);
+}
+
+inline OptionalTensor as_float(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(as_float(*tensor)) : std::nullopt;
+}
+
+// Where each packed sequence starts and ends; without cu_seqlens, batch entries are the sequences.
+// Offsets are clamped to [0, length] and made to rise, so that no values can lead outside the tensor.
+struct Sequences {
+  std::vector<int64_t> offsets;  // packed: S + 1 offsets; dense: empty
+  int64_t count = 0;
+  int64_t length = 0;
+
+  Sequences(const OptionalTensor& cu_seqlens, int64_t batch, int64_t length) : count(batch), length(length) {
+    if (!cu_seqlens) return;
+    STD_TORCH_CHECK(batch == 1, "cu_seqlens packs sequences into a batch of 1");
+    STD_TORCH_CHECK(cu_seqlens->is_cpu() && cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1 &&
+                        cu_seqlens->scalar_type() == ScalarType::Int,
+                    "cu_seqlens must be a non-empty int32 vector on the CPU");
+    const Tensor packed = torch::stable::contiguous(*cu_seqlens);
+    const int32_t* values = static_cast<const int32_t*>(packed.data_ptr());
+    count = cu_seqlens->size(0) - 1;
+    int64_t previous = 0;
+    for (int64_t i = 0; i <= count; ++i) {
+      const int64_t value = values[i] < previous ? previous : values[i] > length ? length : values[i];
+      offsets.push_back(value);
+      previous = value;
+    }
+    STD_TORCH_CHECK(offsets.front() == 0 && offsets.back() == length, "cu_seqlens must rise from 0 to L");
+  }
+
+  bool packed() const { return !offsets.empty(); }
+  int64_t batch(int64_t sequence) const { return packed() ? 0 : sequence; }
+  int64_t start(int64_t sequence) const { return packed() ? offsets[sequence] : 0; }
+  int64_t end(int64_t sequence) const { return packed() ? offsets[sequence + 1] : length; }
+};
+
+}  // namespace star

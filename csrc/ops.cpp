@@ -1,0 +1,42 @@
+// The schema of every compiled operator, and the Python module that carries them.
+//
+// Conventions: optional outputs of a backward (a gradient that nobody asked for) come back as empty tensors,
+// final states are always returned (they are small), `..._step` operators change their state in place.
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(star_kernels, m) {
+  m.def("_empty(Tensor x) -> Tensor");  // does nothing: what dispatching an operator costs at least
+
+  // convolution
+  m.def(
+      "short_conv(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state, "
+      "Tensor? cu_seqlens) -> (Tensor, Tensor)");
+  m.def(
+      "short_conv_backward(Tensor dy, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? bias, bool silu, "
+      "Tensor? initial_state, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "short_conv_step(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, bool silu) -> Tensor");
+  m.def(
+      "gated_short_conv(Tensor b, Tensor c, Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, "
+      "Tensor? cu_seqlens) -> (Tensor, Tensor)");
+  m.def(
+      "gated_short_conv_backward(Tensor dy, Tensor? dfinal_state, Tensor b, Tensor c, Tensor x, Tensor weight, "
+      "Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "gated_short_conv_step(Tensor b, Tensor c, Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias) "
+      "-> Tensor");
+}
+
+static torch::stable::Tensor empty_operator(torch::stable::Tensor x) { return x; }
+
+STABLE_TORCH_LIBRARY_IMPL(star_kernels, CPU, m) { m.impl("_empty", TORCH_BOX(&empty_operator)); }
+
+// Importing star_kernels._C loads this object, which registers the operators above; it has no members.
+static PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr, nullptr, nullptr,
+                                        nullptr, nullptr};
+
+PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&module_definition); }

@@ -1,0 +1,139 @@
+"""The compiled short convolutions: fakes, derivatives, and functions with the reference's signatures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from star_kernels import dispatch
+from star_kernels.compiled import call, like, operator, register_autograd, register_fake
+
+
+def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _short_conv_fake(
+    x: Tensor, weight: Tensor, bias: Any, silu: bool, initial_state: Any, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    state = x.new_empty(_sequences(x, cu_seqlens), weight.shape[1] - 1, x.shape[2])
+    return torch.empty_like(x, memory_format=torch.contiguous_format), state
+
+
+def _short_conv_backward_fake(
+    dy: Tensor,
+    dfinal_state: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Any,
+    silu: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, ...]:
+    width, taps = weight.shape
+    states = 0 if initial_state is None else _sequences(x, cu_seqlens)
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty(width, taps, dtype=torch.float32),
+        x.new_empty(width, dtype=torch.float32),
+        x.new_empty(states, taps - 1, width),
+    )
+
+
+def _short_conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, bias, silu, initial_state, cu_seqlens = inputs
+    ctx.save_for_backward(x, weight, bias, initial_state, cu_seqlens)
+    ctx.silu = silu
+    ctx.set_materialize_grads(False)
+
+
+def _short_conv_autograd(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None) -> tuple[Any, ...]:
+    x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
+    dx, dweight, dbias, dstate = operator("short_conv_backward")(
+        dy, dfinal_state, x, weight, bias, ctx.silu, initial_state, cu_seqlens
+    )
+    return dx, like(dweight, weight), like(dbias, bias), None, like(dstate, initial_state), None
+
+
+def _gated_short_conv_fake(
+    b: Tensor, c: Tensor, x: Tensor, weight: Tensor, bias: Any, initial_state: Any, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return _short_conv_fake(x, weight, bias, False, initial_state, cu_seqlens)
+
+
+def _gated_short_conv_backward_fake(
+    dy: Tensor,
+    dfinal_state: Any,
+    b: Tensor,
+    c: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Any,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, ...]:
+    dx, *others = _short_conv_backward_fake(
+        dy, dfinal_state, x, weight, bias, False, initial_state, cu_seqlens
+    )
+    return torch.empty_like(dx), torch.empty_like(dx), dx, *others
+
+
+def _gated_short_conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _gated_short_conv_autograd(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None) -> tuple[Any, ...]:
+    b, c, x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
+    db, dc, dx, dweight, dbias, dstate = operator("gated_short_conv_backward")(
+        dy, dfinal_state, b, c, x, weight, bias, initial_state, cu_seqlens
+    )
+    return db, dc, dx, like(dweight, weight), like(dbias, bias), like(dstate, initial_state), None
+
+
+def short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See :func:`star_kernels.short_conv`."""
+    y, final_state = call(
+        operator("short_conv"), x, weight, bias, activation == "silu", initial_state, cu_seqlens
+    )
+    return (y, final_state) if return_final_state else y
+
+
+def gated_short_conv(
+    b: Tensor,
+    c: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See :func:`star_kernels.gated_short_conv`."""
+    y, final_state = call(operator("gated_short_conv"), b, c, x, weight, bias, initial_state, cu_seqlens)
+    return (y, final_state) if return_final_state else y
+
+
+register_fake("short_conv", _short_conv_fake)
+register_fake("short_conv_backward", _short_conv_backward_fake)
+register_autograd("short_conv", _short_conv_autograd, _short_conv_setup)
+register_fake("gated_short_conv", _gated_short_conv_fake)
+register_fake("gated_short_conv_backward", _gated_short_conv_backward_fake)
+register_autograd("gated_short_conv", _gated_short_conv_autograd, _gated_short_conv_setup)
+
+for _name, _function in (("short_conv", short_conv), ("gated_short_conv", gated_short_conv)):
+    dispatch.register(_name, "cpp", _function, device_type="cpu", dtypes=dispatch.KERNEL_DTYPES)

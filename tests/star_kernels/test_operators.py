@@ -1,0 +1,241 @@
+"""Every operator, on every backend, against its definition in float64. One body; operators add rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import star_kernels
+from star_kernels import dispatch
+from tests.star_kernels.cases import Case, Maker, all_cases
+
+CASES = list(all_cases())
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Relative error ‖a − b‖ / ‖b‖ allowed in each dtype."""
+
+
+def cast(case: Case, dtype: torch.dtype, layout: Callable[[Tensor], Tensor] = lambda t: t) -> dict[str, Any]:
+    """The case's arguments in ``dtype``, rounded there, as leaves that ask for gradients."""
+    arguments = {}
+    for name, value in case.make(Maker()).items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            wide = dtype if dtype == torch.float64 or name not in case.float32 else torch.float32
+            value = layout(value.to(wide)).detach().requires_grad_(name not in case.constant)
+        arguments[name] = value
+    return arguments
+
+
+def widen(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same numbers in float64."""
+    return {
+        name: value.detach().double().requires_grad_(value.requires_grad)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in arguments.items()
+    }
+
+
+def run(operator: str, arguments: dict[str, Any], backend: str) -> dict[str, Tensor]:
+    """Outputs and, for a fixed weighting of the outputs, the gradient of every leaf."""
+    result = getattr(star_kernels, operator)(**arguments, backend=backend)
+    outputs = list(flatten(result))
+    leaves = {n: v for n, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad}
+    draw = Maker(1)
+    loss = sum((output.double() * draw.normal(*output.shape)).sum() for output in outputs)
+    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    named = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    return named | {f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True) if g is not None}
+
+
+def flatten(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [tensor for part in result for tensor in flatten(part)]
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    assert got.shape == wanted.shape
+    assert torch.isfinite(got).all() or not torch.isfinite(wanted).all()
+    scale = wanted.norm().item()
+    distance = (got.double() - wanted).norm().item()
+    return distance / scale if scale > 0 else distance
+
+
+def fast_backends(operator: str) -> list[str]:
+    return [name for name in dispatch.available(operator, torch.zeros(1)) if name != "reference"]
+
+
+ROWS = [
+    pytest.param(case, backend, dtype, id=f"{case.id}-{backend}-{str(dtype).removeprefix('torch.')}")
+    for case in CASES
+    for backend in ["reference", *fast_backends(case.operator)]
+    for dtype in DTYPES
+]
+
+
+@pytest.mark.parametrize(("case", "backend", "dtype"), ROWS)
+def test_agrees_with_the_definition(case: Case, backend: str, dtype: torch.dtype) -> None:
+    arguments = cast(case, dtype)
+    wanted = run(case.operator, widen(arguments), "reference")
+    got = run(case.operator, arguments, backend)
+    assert got.keys() == wanted.keys()
+    assert all(got[name].dtype == dtype for name in got if name == "output 0")
+    if backend == "reference" and dtype != torch.float32:
+        return  # the reference in half precision is what others are compared with, below
+    lost = run(case.operator, arguments, "reference") if dtype != torch.float32 else None
+    for name in wanted:
+        distance = error(got[name], wanted[name])
+        allowed = DTYPES[dtype] * case.tolerance
+        if lost is not None:
+            allowed = max(allowed, min(2 * error(lost[name], wanted[name]), 5 * allowed))
+        assert distance < allowed, f"{name}: relative error {distance:.2e}, allowed {allowed:.2e}"
+
+
+def fused_view(tensor: Tensor) -> Tensor:
+    """A view of a fused projection: the last dimension contiguous, rows apart."""
+    return torch.cat([tensor, torch.full_like(tensor, torch.nan)], dim=-1)[..., : tensor.shape[-1]]
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    """The last dimension not contiguous."""
+    return tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor.repeat_interleave(2)[::2]
+
+
+LAYOUT_ROWS = [
+    pytest.param(case, backend, layout, id=f"{case.id}-{backend}-{layout.__name__}")
+    for case in CASES
+    for backend in fast_backends(case.operator)
+    for layout in (fused_view, transposed)
+]
+
+
+@pytest.mark.parametrize(("case", "backend", "layout"), LAYOUT_ROWS)
+def test_strides_do_not_matter(case: Case, backend: str, layout: Callable[[Tensor], Tensor]) -> None:
+    plain = run(case.operator, cast(case, torch.float32), backend)
+    viewed = run(case.operator, cast(case, torch.float32, layout), backend)
+    for name in plain:
+        assert error(viewed[name], plain[name].double()) < 1e-6, name
+
+
+FIRST_CASES = list({case.operator: case for case in reversed(CASES)}.values())
+FIRST_ROWS = [
+    pytest.param(case, backend, id=f"{case.operator}-{backend}")
+    for case in FIRST_CASES
+    for backend in fast_backends(case.operator)
+]
+
+
+@pytest.mark.parametrize(("case", "backend"), FIRST_ROWS)
+def test_same_bits_whatever_the_threads(case: Case, backend: str) -> None:
+    results = []
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        results.append(run(case.operator, cast(case, torch.float32), backend))
+    torch.set_num_threads(1)
+    for name in results[0]:
+        assert all(torch.equal(results[0][name], other[name]) for other in results[1:]), name
+
+
+@pytest.mark.parametrize(("case", "backend"), FIRST_ROWS)
+def test_compiles_without_graph_breaks(case: Case, backend: str) -> None:
+    torch._dynamo.reset()
+    function = getattr(star_kernels, case.operator)
+    arguments = cast(case, torch.float32)
+    compiled = torch.compile(lambda **a: function(**a, backend=backend), fullgraph=True, backend="aot_eager")
+    wanted = flatten(function(**arguments, backend=backend))
+    for got, other in zip(flatten(compiled(**arguments)), wanted, strict=True):
+        torch.testing.assert_close(got, other)
+
+
+@pytest.mark.parametrize("case", FIRST_CASES, ids=lambda case: case.operator)
+def test_gradient_checkpointing(case: Case) -> None:
+    function = getattr(star_kernels, case.operator)
+    arguments = cast(case, torch.float32)
+    leaves = [v for v in arguments.values() if isinstance(v, Tensor) and v.requires_grad]
+    plain = sum(output.sum() for output in flatten(function(**arguments)))
+    again = sum(output.sum() for output in flatten(checkpoint(function, use_reentrant=False, **arguments)))
+    for wanted, got in zip(
+        torch.autograd.grad(plain, leaves, allow_unused=True),
+        torch.autograd.grad(again, leaves, allow_unused=True),
+        strict=True,
+    ):
+        assert (wanted is None and got is None) or torch.equal(wanted, got)
+
+
+@pytest.mark.parametrize(("case", "backend"), FIRST_ROWS)
+def test_second_derivatives_are_right_or_refused(case: Case, backend: str) -> None:
+    arguments = cast(case, torch.float32)
+    leaves = [v for v in arguments.values() if isinstance(v, Tensor) and v.requires_grad]
+    loss = sum(
+        output.square().sum()
+        for output in flatten(getattr(star_kernels, case.operator)(**arguments, backend=backend))
+    )
+    first = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+    total = sum(gradient.square().sum() for gradient in first if gradient is not None)
+    try:
+        second = torch.autograd.grad(total, leaves, allow_unused=True)
+    except RuntimeError as refusal:
+        assert case.operator in str(refusal)
+        assert "second derivative" in str(refusal)
+        return
+    wide = widen(arguments)
+    wide_leaves = [v for v in wide.values() if isinstance(v, Tensor) and v.requires_grad]
+    reference = getattr(star_kernels, case.operator)(**wide, backend="reference")
+    loss = sum(output.square().sum() for output in flatten(reference))
+    first = torch.autograd.grad(loss, wide_leaves, create_graph=True, allow_unused=True)
+    total = sum(gradient.square().sum() for gradient in first if gradient is not None)
+    wanted = torch.autograd.grad(total, wide_leaves, allow_unused=True)
+    for got, right in zip(second, wanted, strict=True):
+        assert got is not None or right is None
+        if right is not None:
+            assert error(got, right) < 1e-4
+
+
+@pytest.mark.parametrize(("case", "backend"), FIRST_ROWS)
+def test_autocast(case: Case, backend: str) -> None:
+    arguments = {n: v for n, v in cast(case, torch.float32).items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = flatten(getattr(star_kernels, case.operator)(**arguments, backend=backend))
+    wanted = flatten(getattr(star_kernels, case.operator)(**widen(arguments), backend="reference"))
+    for got, right in zip(outputs, wanted, strict=True):
+        assert error(got.detach(), right.detach()) < 3e-2 * case.tolerance
+
+
+def compiled_operators() -> list[str]:
+    return sorted(
+        {case.operator for case in CASES if "cpp" in dispatch.available(case.operator, torch.zeros(1))}
+    )
+
+
+@pytest.mark.parametrize("operator", compiled_operators())
+def test_opcheck(operator: str) -> None:
+    """torch.library.opcheck on what the public function really dispatches to, as recorded."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    calls: list[tuple[Any, Any, Any]] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "star_kernels":
+                calls.append((func, args, kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    for case in [case for case in CASES if case.operator == operator][:3]:
+        arguments = cast(case, torch.float32)
+        with Record():
+            run(operator, arguments, "cpp")
+    assert calls or operator in STEPLESS_TORCH_FORMS, (
+        f"{operator}: backend cpp dispatched no compiled operator"
+    )
+    for func, args, kwargs in calls:
+        detached = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), args)
+        torch.library.opcheck(func, detached, kwargs)
+
+
+STEPLESS_TORCH_FORMS = frozenset({"attention"})
+"""Operators whose "cpp" form may rest on torch's own kernels alone."""
