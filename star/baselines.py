@@ -46,25 +46,18 @@ def striped_mamba(depth: int) -> Genome:
 def lfm2(depth: int) -> Genome:
     """LFM2: gated short convolutions (GConv-1), with grouped-query attention (SA-3) at 6 of 16 mixers.
 
-    32 LIVs have exactly the published order of the 16 blocks; other depths stretch it, so that the share of
-    attentions among the first mixers follows the published one.
+    32 LIVs have exactly the published order of the 16 blocks; other depths have the same share of attentions,
+    evenly spaced.
 
     Args:
         depth: LIVs, mixers and GMemless together.
     """
     mixers = _mixers("lfm2", depth)
-    before = [_lfm2_attentions(index, mixers) for index in range(mixers + 1)]
-    return _alternate(
-        depth, [SA_3 if before[index + 1] > before[index] else GCONV_1 for index in range(mixers)]
-    )
-
-
-def _lfm2_attentions(index: int, mixers: int) -> int:
-    """Attentions among the first `index` of `mixers`: the published count so far, in proportion, rounded."""
-    # Integers: `whole` published blocks lie before the same place, and `part`/mixers of the next one.
-    whole, part = divmod(index * LFM2_BLOCKS, mixers)
-    count = sum(block < whole for block in LFM2_ATTENTION) * mixers + (part if whole in LFM2_ATTENTION else 0)
-    return (2 * count + LFM2_BLOCKS) // (2 * LFM2_BLOCKS)
+    # Rounded to the nearest integer, in integers: halves go up.
+    count = (2 * mixers * len(LFM2_ATTENTION) + LFM2_BLOCKS) // (2 * LFM2_BLOCKS)
+    spread = {(2 * index + 1) * mixers // (2 * count) for index in range(count)}
+    attention = set(LFM2_ATTENTION) if mixers == LFM2_BLOCKS else spread
+    return _alternate(depth, [SA_3 if index in attention else GCONV_1 for index in range(mixers)])
 
 
 def _mixers(name: str, depth: int) -> int:

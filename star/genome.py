@@ -256,7 +256,10 @@ def _parse_gene(number: int, piece: str) -> Gene:
     if any(value and value.strip("0") == "" for value in values):
         raise GenomeError(f"{where}: values start at 1, got 0")
     if not all(_VALUE.fullmatch(value) for value in values):
-        raise GenomeError(f"{where}: takes five digits like 21211, or five integers like 12.1.2.1.1")
+        raise GenomeError(
+            f"{where}: takes five digits like 21211, or five integers like 12.1.2.1.1 "
+            f"(genes are joined by '-')"
+        )
     if len(values) != 5:
         unit = "integers" if "." in piece else "digits"
         raise GenomeError(f"{where}: has {len(values)} {unit}, takes 5 (genes are joined by '-')")

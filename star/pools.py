@@ -355,7 +355,9 @@ class Pool:
             position: 0-4, or the field's name, "liv_class" ... "feature_strategy".
             gene: the gene to be changed; the feature-sharing strategies depend on its class.
         """
-        name = gene._fields[position] if isinstance(position, int) else position
+        name = position
+        if isinstance(position, int) and 0 <= position < len(gene):
+            name = gene._fields[position]
         labels = tuple(range(1, self.max_groups + 1))
         if name == "liv_class":
             return self.classes
