@@ -9,14 +9,16 @@ All arguments share one wide dtype; q carries the scale; q, k, v, beta and log_d
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HEAD_DECAY_CHUNK = 64
-"""Tokens a chunk where a head has one decay: pairs of tokens cost (chunk, chunk) decays."""
-KEY_DECAY_CHUNK = 16
-"""Tokens a chunk where each key dimension has its own: pairs cost (chunk, chunk, Dk) decays."""
+CHUNK = 64
+"""Tokens a chunk, a power of two."""
+PAIRS = 4
+"""Tokens among which decays of key dimensions are made pair by pair, (PAIRS, PAIRS, Dk) at a time."""
 
 
 def gated_linear_attention(
@@ -68,22 +70,32 @@ def gated_delta_rule(
 
 
 class _Decays:
-    """The decays of all chunks, applied to queries (t) and keys (s); log_decay (B, H, n, c) or (…, Dk)."""
+    """The decays within chunks, applied to queries (t) and keys (s); log_decay (…, c, Dk) or (…, c, 1)."""
 
-    def __init__(self, log_decay: Tensor, of_keys: bool) -> None:
-        self.of_keys = of_keys
-        self.log_decay = log_decay if of_keys else log_decay[..., None]
+    def __init__(self, log_decay: Tensor) -> None:
+        self.log_decay = log_decay
 
     def between(self, q: Tensor, k: Tensor) -> Tensor:
         """(…, c, c): q_t·(decay over s+1..t of k_s) for s <= t, and 0 above the diagonal."""
         size = q.shape[-2]
-        token = torch.arange(size, device=q.device)
+        if self.log_decay.shape[-1] == 1:
+            return (q @ k.mT) * self._intervals()[..., 0]
+        if size <= PAIRS:
+            return (q[..., :, None, :] * k[..., None, :, :] * self._intervals()).sum(-1)
+        # Two halves: pairs within each, and from the first to the second across their boundary.
+        log_decays, queries, keys = (t.unflatten(-2, (2, -1)) for t in (self.log_decay, q, k))
+        first, second = _Decays(log_decays[..., 0, :, :]), _Decays(log_decays[..., 1, :, :])
+        inside = _Decays(log_decays).between(queries, keys)
+        across = second.from_start(queries[..., 1, :, :]) @ first.until_end(keys[..., 0, :, :]).mT
+        upper = torch.cat([inside[..., 0, :, :], torch.zeros_like(across)], dim=-1)
+        return torch.cat([upper, torch.cat([across, inside[..., 1, :, :]], dim=-1)], dim=-2)
+
+    def _intervals(self) -> Tensor:
+        """(…, c, c, Dk or 1): the decay over s+1..t for s <= t, and 0 above the diagonal."""
+        token = torch.arange(self.log_decay.shape[-2], device=self.log_decay.device)
         later = (token[:, None] > token)[..., None]  # (r, s, 1): r > s
         spread = torch.where(later, self.log_decay[..., :, None, :], 0.0)
-        interval = spread.cumsum(-3).masked_fill((token[:, None] < token)[..., None], -torch.inf).exp()
-        if self.of_keys:
-            return ((q[..., :, None, :] * k[..., None, :, :]) * interval).sum(-1)
-        return (q @ k.mT) * interval[..., 0]
+        return spread.cumsum(-3).masked_fill((token[:, None] < token)[..., None], -torch.inf).exp()
 
     def from_start(self, q: Tensor) -> Tensor:
         """q_t decayed over 1..t: what it sees of the state before the chunk."""
@@ -99,11 +111,12 @@ class _Decays:
         return self.log_decay.sum(-2).exp()[..., None]
 
 
-def _in_chunks(log_decay: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> tuple:
+def _in_chunks(log_decay: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> tuple[Any, ...]:
     """(B, L, H, …) as (B, H, n, c, …). The last chunk is filled with tokens that change nothing."""
-    of_keys = log_decay.dim() == 4
     length = v.shape[1]
-    size = min(length, KEY_DECAY_CHUNK if of_keys else HEAD_DECAY_CHUNK)
+    size = CHUNK
+    while size >= 2 * length:
+        size //= 2
     missing = -length % size
 
     def cut(tensor: Tensor) -> Tensor:
@@ -111,7 +124,8 @@ def _in_chunks(log_decay: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Tens
             tensor = torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], dim=1)
         return tensor.movedim(1, 2).unflatten(2, (-1, size))
 
-    return cut(q), cut(k), cut(v), _Decays(cut(log_decay), of_keys), *(cut(other) for other in others)
+    decays = _Decays(cut(log_decay if log_decay.dim() == 4 else log_decay[..., None]))
+    return cut(q), cut(k), cut(v), decays, *(cut(other) for other in others)
 
 
 def _in_tokens(y: Tensor, length: int) -> Tensor:

@@ -162,7 +162,7 @@ def test_matrix_states(length: int, decay: str | None, rule: str, heads: int) ->
 @pytest.mark.parametrize("rule", ["linear", "delta"])
 def test_strong_decays_cancel_nothing(decay: str, rule: str) -> None:
     """A log-decay of -1000 or -inf between weak ones costs no accuracy, in float32 either."""
-    length, heads, keys = 2 * chunks.HEAD_DECAY_CHUNK, 2, 4
+    length, heads, keys = 2 * chunks.CHUNK, 2, 4
     shape = (1, length, heads) + ((keys,) if decay == "key" else ())
     log_decay = -random(*shape).detach().abs() / 10
     log_decay[:, 5], log_decay[:, 40], log_decay[:, 70] = -1000.0, -torch.inf, -80.0
