@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from star import weights
 from star.data import Corpus
 from star.optimizer import AdamW, learning_rate
 from star.proxy import CurvePoint, Outcome, Progress, ProxySettings
+from star_kernels import linear_cross_entropy
 
 __all__ = ["Diverged", "evaluate", "failure_reason", "train_model", "training_device", "training_dtype"]
 
@@ -295,8 +295,7 @@ def _loss(model: nn.Module, inputs: Tensor, targets: Tensor, dtype: torch.dtype)
     """Mean nats per token, a float32 scalar; inputs and targets (batch, length)."""
     with torch.autocast(inputs.device.type, dtype=dtype, enabled=dtype is not torch.float32):
         hidden = cast(Any, model).hidden(inputs)
-        logits = F.linear(hidden, cast(Any, model).head_weight)
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return linear_cross_entropy(hidden.flatten(0, 1), cast(Any, model).head_weight, targets.flatten())
 
 
 def _bits_per_byte(nats_per_token: float, corpus: Corpus) -> float:

@@ -121,10 +121,10 @@ def _open_one(source: str | Path, text_column: str | None) -> Source:
     path = Path(text).expanduser()
     try:
         mode = path.stat().st_mode
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return _hugging_face(text, text_column)
     except (OSError, ValueError) as error:
-        raise DataError(f"data {text!r}: can't be read: {error}") from error
+        raise DataError(f"data {text!r}: can't be read: {getattr(error, 'strerror', error)}") from error
     if stat.S_ISDIR(mode):
         return _folder(path, text_column)
     if not stat.S_ISREG(mode):

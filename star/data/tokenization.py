@@ -85,7 +85,7 @@ class FileTokenizer:
 
     def encode_sections(self, sections: Sequence[bytes]) -> list[TokenArray]:
         texts = [section.decode("utf-8") for section in sections]
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
