@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from star_kernels.contracts import without_autocast
 
@@ -37,19 +36,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss, grad_x, grad_weight = _loss_and_gradients(
                 x, weight, targets, ignore_index, needs_x, needs_weight
             )
-        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.save_for_backward(x, weight, grad_x, grad_weight)
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = ctx.saved_tensors
+        x, weight, grad_x, grad_weight = ctx.saved_tensors
         return (
-            None if grad_x is None else (grad_loss * grad_x).to(grad_x.dtype),
-            None if grad_weight is None else (grad_loss * grad_weight).to(grad_weight.dtype),
+            None if grad_x is None else _Gradient.apply(grad_loss, grad_x, x, weight),
+            None if grad_weight is None else _Gradient.apply(grad_loss, grad_weight, x, weight),
             None,
             None,
         )
+
+
+class _Gradient(torch.autograd.Function):
+    """A gradient that was taken beforehand, scaled; it depends on x and weight in a way nobody recorded."""
+
+    @staticmethod
+    def forward(ctx: Any, grad_loss: Tensor, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return (grad_loss * gradient).to(gradient.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError("linear_cross_entropy: second derivatives are not implemented")
 
 
 def _loss_and_gradients(
@@ -63,7 +73,7 @@ def _loss_and_gradients(
     total = torch.zeros((), dtype=wide, device=x.device)
     grad_x = torch.empty_like(x) if needs_x else None
     grad_weight = torch.zeros_like(wide_weight) if needs_weight else None
-    rows = rows_per_chunk(*x.shape, weight.shape[0])
+    rows = rows_per_chunk(x.shape[0], x.shape[1], weight.shape[0])
     for start in range(0, x.shape[0], rows):
         chunk = slice(start, start + rows)
         wide_x, kept_rows = x[chunk].to(wide), kept[chunk, None]
