@@ -1,0 +1,76 @@
+"""The evaluator of every real search: genome in, costs and the proxy's verdict out. Runs in the workers."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from star.search.corpus import CorpusRecord, open_recorded
+from star.search.errors import RunError, is_disk_full
+from star.search.settings import SearchSettings
+
+if TYPE_CHECKING:
+    from star.data import Corpus
+
+__all__ = ["evaluate"]
+
+CACHE_LENGTH = 4096
+
+
+def evaluate(
+    genome_text: str, settings: dict[str, Any], candidate_id: int, weights_path: str | None
+) -> dict[str, Any]:
+    """Train one candidate by the proxy and measure all objectives.
+
+    Args:
+        genome_text: a valid genome.
+        settings: what `SearchSettings.to_json` gives, and under "corpus" the `CorpusRecord` of the search.
+        candidate_id: its id in the search; equal genomes give equal results whatever it is.
+        weights_path: where to save the trained weights, or None.
+
+    Returns:
+        What star.search.results describes.
+
+    Raises:
+        RunError: the corpus is not the one that the search began with, or fits no candidate.
+        OSError: there is no room for the weights.
+    """
+    from star import cost
+    from star.genome import Genome
+    from star.proxy import train_candidate
+
+    search, corpus = _prepared(_hashable(settings))
+    genome = Genome.parse(genome_text)
+    try:
+        outcome = train_candidate(genome, search.model, search.proxy, corpus, save_to=weights_path)
+    except (ValueError, OSError) as error:
+        # Neither is the candidate's fault: wrong settings for this text, or weights that can not be written.
+        if is_disk_full(error):
+            raise
+        raise RunError(str(error).splitlines()[0]) from error
+    result = outcome.to_json()
+    if outcome.ok:
+        result["objectives"] = {
+            "quality": outcome.quality,
+            "size": cost.parameters(genome, search.model),
+            "cache": cost.cache_bytes(genome, search.model, length=CACHE_LENGTH),
+            "flops": cost.flops(genome, search.model, search.proxy.length),
+        }
+    return result
+
+
+def _hashable(settings: dict[str, Any]) -> str:
+    from star.search.store import canonical_json
+
+    return canonical_json(settings)
+
+
+@lru_cache(maxsize=1)
+def _prepared(settings_text: str) -> tuple[SearchSettings, Corpus]:
+    """Settings and corpus, once a worker process."""
+    import json
+
+    settings = json.loads(settings_text)
+    record = CorpusRecord(**settings.pop("corpus"))
+    search = SearchSettings.from_json(settings)
+    return search, open_recorded(search.data, record)

@@ -1,0 +1,115 @@
+"""NSGA-II over genomes, asked and told by the loop: `begin`, then `propose` and `select` by turns.
+
+Everything that pymoo draws comes from the one generator seeded by the settings, and it sees nothing but
+objectives and failures, so the same evaluations lead to the same proposals: that is what lets a run be
+replayed from its record instead of being restored from a saved state.
+
+Elitism: parents and offspring compete for the places of the next generation together, so the best front is
+never lost while it fits, and the two extremes of every front have the largest crowding distance: the
+paper's elitism of 2 is contained in NSGA-II's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from pymoo.algorithms.moo.nsga2 import NSGA2
+from pymoo.core.population import Population
+from pymoo.core.problem import Problem
+from pymoo.core.termination import NoTermination
+from pymoo.operators.selection.tournament import TournamentSelection
+
+from star import baselines
+from star.genome import Genome
+from star.search.objectives import objective_vector
+from star.search.settings import SearchSettings
+from star.search.store import Evaluation
+from star.search.variation import (
+    POSITIONS,
+    KnownModels,
+    PoolMutation,
+    RandomGenomes,
+    SharingRepair,
+    TwoPointCrossover,
+    Variation,
+    decode,
+    tournament,
+)
+
+__all__ = ["BASELINES", "Evolution"]
+
+# The layouts that people know, by the names under which they are recorded.
+BASELINES = {
+    "Transformer++": baselines.transformer_pp,
+    "StripedMamba": baselines.striped_mamba,
+    "LFM2": baselines.lfm2,
+}
+# pymoo reads no objective of an infeasible candidate, but a NaN or infinity would spread if it ever did.
+_OBJECTIVE_OF_A_FAILURE = float(np.finfo(np.float64).max)
+
+
+class Evolution:
+    """The genetic algorithm between two evaluations.
+
+    Args:
+        settings: of the search.
+    """
+
+    def __init__(self, settings: SearchSettings) -> None:
+        self._objectives = settings.objectives
+        self._known = KnownModels()
+        self._algorithm = _nsga2(settings, self._known)
+        self._proposed: Population | None = None
+
+    def propose(self) -> list[Genome]:
+        """The next generation's genomes: different models, none proposed before as far as that is possible.
+
+        Parents are selected, recombined, mutated and repaired; the first time, genomes are drawn. An empty
+        list says that no further model could be found.
+        """
+        self._proposed = self._algorithm.ask()
+        if self._proposed is None or len(self._proposed) == 0:
+            return []
+        genomes = [decode(individual.X) for individual in self._proposed]
+        self._known.keys.update(genome.key for genome in genomes)
+        return genomes
+
+    def select(self, evaluations: Mapping[str, Evaluation]) -> list[Genome]:
+        """The survivors among the population and the last proposals, given the evaluation of each key."""
+        assert self._proposed is not None, "propose comes first"
+        for individual in self._proposed:
+            evaluation = evaluations[decode(individual.X).key]
+            if evaluation.ok:
+                individual.F = np.array(objective_vector(evaluation.objectives, self._objectives))
+            else:
+                individual.F = np.full(len(self._objectives), _OBJECTIVE_OF_A_FAILURE)
+            individual.G = np.array([0.0 if evaluation.ok else 1.0])  # above 0 violates the constraint
+        self._algorithm.tell(infills=self._proposed)
+        return [decode(individual.X) for individual in self._algorithm.pop]
+
+
+def _nsga2(settings: SearchSettings, known: KnownModels) -> NSGA2:
+    seeds = [layout(settings.depth) for layout in BASELINES.values()] if settings.seed_baselines else []
+    repair = SharingRepair(settings.pool)
+    algorithm = NSGA2(
+        pop_size=settings.population,
+        sampling=RandomGenomes(settings.depth, settings.pool, seeds),
+        mating=Variation(
+            TournamentSelection(func_comp=tournament, pressure=settings.tournament),
+            TwoPointCrossover(settings.crossover_rate),
+            PoolMutation(settings.mutation_rate, settings.pool),
+            repair=repair,
+            eliminate_duplicates=known,
+            n_max_iterations=settings.attempts,
+        ),
+        repair=repair,
+        eliminate_duplicates=known,
+        seed=settings.seed,
+    )
+    problem = Problem(
+        n_var=settings.depth * POSITIONS,
+        n_obj=len(settings.objectives),
+        n_ieq_constr=1,  # "the candidate did not fail"
+    )
+    return algorithm.setup(problem, termination=NoTermination())

@@ -1,0 +1,283 @@
+"""The search, as the paper draws it: assess, select, recombine and mutate and repair, and again.
+
+    evolve      the loop over generations
+    number      proposals get ids and origins, in the order of asking
+    assess      each is looked up in the record, or trained by a worker and recorded
+    evaluated   what a worker answers, as an evaluation
+
+`Evolution` (NSGA-II) holds the population; `Edges` are the places where the search touches the world.
+
+There is no saved state. Everything follows from the settings and the evaluations, so a run is resumed by
+running it again: what is in the record is not trained, and the loop arrives where it was killed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from star.genome import Genome
+from star.search.directory import RunDirectory
+from star.search.errors import RunDamaged
+from star.search.events import (
+    CandidateFinished,
+    GenerationFinished,
+    GenerationStarted,
+    Listener,
+    RunFinished,
+)
+from star.search.evolution import BASELINES, Evolution
+from star.search.front import front, hypervolume
+from star.search.objectives import objective_vector
+from star.search.results import failure
+from star.search.settings import SearchSettings
+from star.search.store import Evaluation, RunStore
+from star.search.workers import Engine, Task
+
+__all__ = ["Edges", "evolve"]
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Where a search touches the world: its record, its files, its workers, and whoever listens."""
+
+    store: RunStore
+    directory: RunDirectory
+    engine: Engine
+    listener: Listener
+
+
+@dataclass(frozen=True)
+class Request:
+    """A candidate that the search asks for. `generation` is None for one that only serves as a reference."""
+
+    id: int
+    genome: Genome
+    generation: int | None
+    origin: str
+
+
+@dataclass
+class Clock:
+    """Seconds that a generation spends beside training, by what they go to."""
+
+    began: float = field(default_factory=time.perf_counter)
+    spent: dict[str, float] = field(default_factory=lambda: {"vary": 0.0, "select": 0.0, "store": 0.0})
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[name] += time.perf_counter() - began
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+
+def evolve(settings: SearchSettings, edges: Edges) -> RunFinished:
+    """Run all generations, or what the record does not hold of them."""
+    began = time.perf_counter()
+    record = {evaluation.key: evaluation for evaluation in edges.store.evaluations()}
+    populations = edges.store.populations()
+    evolution = Evolution(settings)
+    known: dict[str, Evaluation] = {}
+    exhausted = False
+    for generation in range(settings.generations):
+        clock = Clock()
+        with clock.timing("vary"):
+            proposals = evolution.propose()
+        if not proposals:
+            exhausted = True
+            break
+        requests = number(proposals, known, generation, settings)
+        for evaluation in assess(requests, record, known, settings, edges, clock):
+            known[evaluation.key] = evaluation
+        with clock.timing("select"):
+            survivors = tuple(genome.key for genome in evolution.select(known))
+        _close_generation(generation, survivors, populations, record, known, settings, edges, clock)
+    _require_nothing_else(record, known, populations, settings)
+    return _finish(known, settings, edges, time.perf_counter() - began, exhausted)
+
+
+def number(
+    proposals: Sequence[Genome], known: Mapping[str, Evaluation], generation: int, settings: SearchSettings
+) -> list[Request]:
+    """Requests for what has not been asked for before; in generation 0, the references come first."""
+    layouts = {name: layout(settings.depth) for name, layout in BASELINES.items()}
+    names = {genome.key: name for name, genome in layouts.items()}
+    proposed = {genome.key for genome in proposals}
+    wanted: dict[str, tuple[Genome, int | None, str]] = {}
+    if generation == 0 and settings.references:
+        for name, genome in layouts.items():
+            member = 0 if genome.key in proposed else None
+            wanted.setdefault(genome.key, (genome, member, f"reference:{name}"))
+    for genome in proposals:
+        if generation > 0:
+            origin = "offspring"
+        elif settings.seed_baselines and genome.key in names:
+            origin = f"baseline:{names[genome.key]}"
+        else:
+            origin = "random"
+        if genome.key not in known:
+            wanted.setdefault(genome.key, (genome, generation, origin))
+    return [Request(id, *parts) for id, parts in enumerate(wanted.values(), start=len(known))]
+
+
+def assess(
+    requests: Iterable[Request],
+    record: Mapping[str, Evaluation],
+    known: Mapping[str, Evaluation],
+    settings: SearchSettings,
+    edges: Edges,
+    clock: Clock,
+) -> Iterator[Evaluation]:
+    """The evaluation of each request: first those in the record, then the others as they are trained."""
+    new: dict[int, Request] = {}
+    for request in requests:
+        stored = record.get(request.genome.key)
+        if stored is None:
+            new[request.id] = request
+        else:
+            _require_same(stored, request)
+            yield stored
+    edges.listener(GenerationStarted(max((r.generation or 0 for r in requests), default=0), len(new)))
+    if not new:
+        return
+    best = front(known.values(), settings.objectives)
+    finished = len(known)
+    for id, result in edges.engine.evaluate([_task(request, settings, edges) for request in new.values()]):
+        evaluation = evaluated(new[id], result, settings.objectives)
+        with clock.timing("store"):
+            edges.store.append_evaluation(evaluation)
+        with clock.timing("select"):
+            best = front([*best, evaluation], settings.objectives)
+        finished += 1
+        ids = tuple(member.id for member in best)
+        edges.listener(CandidateFinished(evaluation, ids, finished, planned(settings)))
+        yield evaluation
+
+
+def evaluated(request: Request, result: Mapping[str, Any], objectives: Sequence[str]) -> Evaluation:
+    """A worker's plain result as an evaluation; one that lacks an objective of the search has failed."""
+    if result["status"] == "ok":
+        try:
+            objective_vector(result["objectives"], objectives)
+        except ValueError as error:
+            result = {**result, **failure(str(error)), "curve": result["curve"]}
+    return Evaluation(
+        id=request.id,
+        key=request.genome.key,
+        genome=str(request.genome),
+        generation=request.generation,
+        origin=request.origin,
+        status=result["status"],
+        reason=result["reason"],
+        objectives=result["objectives"],
+        curve=tuple(result["curve"]),
+        seconds=result.get("seconds", 0.0),
+        finished_at=time.time(),
+    )
+
+
+def planned(settings: SearchSettings) -> int:
+    """Evaluations that a run makes if no proposal repeats another."""
+    return settings.planned + (len(BASELINES) if settings.references else 0)
+
+
+def _task(request: Request, settings: SearchSettings, edges: Edges) -> Task:
+    # The canonical genome is trained: what a model is must not depend on how it was spelled.
+    path = edges.directory.weights_of(request.id).resolve() if settings.keep_weights else None
+    return Task(request.id, request.genome.key, None if path is None else str(path))
+
+
+def _close_generation(
+    generation: int,
+    survivors: tuple[str, ...],
+    populations: Sequence[tuple[str, ...]],
+    record: Mapping[str, Evaluation],
+    known: Mapping[str, Evaluation],
+    settings: SearchSettings,
+    edges: Edges,
+    clock: Clock,
+) -> None:
+    """Record the survivors (or see that they are the recorded ones), and keep only useful weights."""
+    replayed = generation < len(populations)
+    if replayed and populations[generation] != survivors:
+        raise RunDamaged(
+            f"population {generation} of the record is not what its settings and evaluations lead to: "
+            "the record is damaged, or another version of numpy or pymoo draws differently"
+        )
+    with clock.timing("select"):
+        best = front(known.values(), settings.objectives)
+        volume = hypervolume(known.values(), settings.objectives, generation)
+    with clock.timing("store"):
+        if not replayed:
+            edges.store.append_population(generation, survivors)
+        edges.directory.keep_weights(_useful({**record, **known}.values(), settings))
+    if not replayed:
+        seconds = {f"{name}_seconds": value for name, value in clock.spent.items()}
+        edges.store.append_event("generation", generation=generation, seconds=clock.seconds, **seconds)
+    edges.listener(
+        GenerationFinished(
+            generation=generation,
+            population=survivors,
+            front=tuple(member.id for member in best),
+            hypervolume=volume,
+            seconds=clock.seconds,
+            overhead_seconds=sum(clock.spent.values()),
+            replayed=replayed,
+        )
+    )
+
+
+def _useful(evaluations: Iterable[Evaluation], settings: SearchSettings) -> set[int]:
+    """Ids of the candidates whose weights are worth their place: the front's and the references'. The
+    evaluations are all there are, later generations of a replayed record among them."""
+    everything = list(evaluations)
+    references = {item.id for item in everything if item.origin.startswith("reference:")}
+    return references | {member.id for member in front(everything, settings.objectives)}
+
+
+def _finish(
+    known: Mapping[str, Evaluation],
+    settings: SearchSettings,
+    edges: Edges,
+    seconds: float,
+    exhausted: bool,
+) -> RunFinished:
+    best = tuple(member.id for member in front(known.values(), settings.objectives))
+    failed = sum(not evaluation.ok for evaluation in known.values())
+    edges.store.append_event("finished", evaluations=len(known), failed=failed, exhausted=exhausted)
+    event = RunFinished(edges.directory.path, len(known), failed, best, seconds, exhausted)
+    edges.listener(event)
+    return event
+
+
+def _require_same(stored: Evaluation, request: Request) -> None:
+    expected = (request.id, str(request.genome), request.generation, request.origin)
+    if (stored.id, stored.genome, stored.generation, stored.origin) != expected:
+        raise RunDamaged(
+            f"evaluation {stored.id} of the record is not what its settings lead to: the record is damaged, "
+            "or another version of numpy or pymoo draws differently"
+        )
+
+
+def _require_nothing_else(
+    record: Mapping[str, Evaluation],
+    known: Mapping[str, Evaluation],
+    populations: Sequence[tuple[str, ...]],
+    settings: SearchSettings,
+) -> None:
+    foreign = sorted(evaluation.id for key, evaluation in record.items() if key not in known)
+    if foreign:
+        raise RunDamaged(f"evaluation {foreign[0]} of the record belongs to no generation of these settings")
+    if len(populations) > settings.generations:
+        raise RunDamaged(
+            f"the record holds {len(populations)} generations, its settings have {settings.generations}"
+        )

@@ -1,0 +1,218 @@
+"""Beginning and resuming a run: the folder, the lock, the record, the corpus, the workers; then the loop."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from star.search.corpus import CorpusRecord, open_corpus_of
+from star.search.directory import RunDirectory
+from star.search.errors import RunError, SearchInterrupted
+from star.search.events import CorpusOpened, Event, Listener, RunFinished, RunStarted, WorkerLost, ignore
+from star.search.settings import EXECUTION, SearchSettings
+from star.search.store import RunStore
+from star.search.workers import Engine, LocalEngine
+
+__all__ = ["EVALUATOR", "resume", "search"]
+
+EVALUATOR = "star.search.evaluate:evaluate"
+
+OpenCorpus = Callable[[SearchSettings], CorpusRecord]
+
+
+def search(
+    settings: SearchSettings,
+    directory: Path | str,
+    *,
+    evaluator: str = EVALUATOR,
+    open_corpus: OpenCorpus = open_corpus_of,
+    on_event: Listener = ignore,
+) -> RunFinished:
+    """Begin a search in a new run directory and carry it to its end.
+
+    Args:
+        settings: what to search.
+        directory: made if it is missing; must not hold a run yet.
+        evaluator: "package.module:function" (star.search.results says what it does), imported by the workers.
+        open_corpus: makes the corpus and says which it is.
+        on_event: called with each of star.search.events.
+
+    Raises:
+        RunError: the directory holds a run, or nothing can be evaluated.
+        RunInUse: another search runs there.
+        DiskFull: there is no room; the run can be resumed later.
+        SearchInterrupted: Ctrl-C; the run can be resumed.
+        ValueError: text or settings that can not be used.
+    """
+    run = RunDirectory(directory)
+    run.create()
+    with run.locked():
+        run.check()
+        if RunStore.begun(run.database):
+            raise RunError(f"{run} already holds a search: continue it with star resume {run}")
+        settings = replace(settings, data=settings.data.absolute())
+        corpus = open_corpus(settings)
+        settings = replace(settings, model=replace(settings.model, vocab_size=corpus.vocab_size))
+        facts = {
+            "settings": settings.identity(),
+            "execution": {name: getattr(settings, name) for name in EXECUTION},
+            "evaluator": evaluator,
+            "data": corpus.facts(),
+            "versions": _versions(),
+        }
+        with RunStore.create(run.database, facts) as store:
+            run.write_config(settings.to_json())
+            return _carry_out(settings, run, store, evaluator, corpus, on_event)
+
+
+def resume(
+    directory: Path | str,
+    *,
+    workers: int | None = None,
+    engine: str | None = None,
+    evaluator: str = EVALUATOR,
+    open_corpus: OpenCorpus = open_corpus_of,
+    on_event: Listener = ignore,
+) -> RunFinished:
+    """Carry a run to its end that was killed, stopped, or ran out of disk. A finished run stays as it is.
+
+    Args:
+        directory: of the run. Its settings are the recorded ones.
+        workers, engine: other than the run began with; nothing else may change.
+        evaluator, open_corpus, on_event: as for `search`; the evaluator is never taken from the directory.
+
+    Raises:
+        RunError: there is no run, or something that decides its results has changed.
+        RunDamaged: the directory does not hold what a search writes.
+        RunInUse, DiskFull, SearchInterrupted, ValueError: as for `search`.
+    """
+    run = RunDirectory(directory)
+    if not run.path.is_dir():
+        raise RunError(f"run directory {run} does not exist")
+    with run.locked():
+        run.check()
+        with RunStore.open(run.database, write=True) as store:
+            settings = store.settings()
+            _agree(run, store, settings, evaluator)
+            if workers is not None:
+                settings = replace(settings, workers=workers)
+            if engine is not None:
+                settings = replace(settings, engine=engine)
+            corpus = open_corpus(settings)
+            _require_same_text(store.facts()["data"], corpus)
+            return _carry_out(settings, run, store, evaluator, corpus, on_event)
+
+
+def _carry_out(
+    settings: SearchSettings,
+    run: RunDirectory,
+    store: RunStore,
+    evaluator: str,
+    corpus: CorpusRecord,
+    on_event: Listener,
+) -> RunFinished:
+    """The loop between its edges: events also into the record, workers stopped whatever happens."""
+    # Only here, since it needs pymoo, and refusals should not wait for it.
+    from star.search.loop import Edges, evolve, planned
+
+    def tell(event: Event) -> None:
+        if isinstance(event, WorkerLost):
+            store.append_event("worker_lost", **asdict(event))
+        on_event(event)
+
+    stored = len(store.evaluations())
+    store.append_event("session", process=os.getpid(), stored=stored, workers=settings.worker_count())
+    tell(RunStarted(run.path, settings, stored, planned(settings)))
+    tell(CorpusOpened(corpus.name, corpus.content_hash))
+    run.keep_weights({evaluation.id for evaluation in store.evaluations()})
+    given = {**settings.to_json(), "corpus": asdict(corpus)}
+    try:
+        with _engine(settings, evaluator, given, run, tell) as engine:
+            return evolve(settings, Edges(store, run, engine, tell))
+    except KeyboardInterrupt as interrupt:
+        store.append_event("interrupted")
+        raise SearchInterrupted(run.path) from interrupt
+
+
+@contextmanager
+def _engine(
+    settings: SearchSettings, evaluator: str, given: Mapping[str, Any], run: RunDirectory, listener: Listener
+) -> Iterator[Engine]:
+    threads = settings.proxy.threads or 1
+    workers = settings.worker_count()
+    engine: Engine
+    if settings.engine == "ray":
+        from star.search.ray_engine import RayEngine
+
+        engine = RayEngine(
+            evaluator, given, directory=run.path, workers=workers, threads=threads, listener=listener
+        )
+    else:
+        engine = LocalEngine(
+            evaluator, given, directory=run.path, workers=workers, threads=threads, listener=listener
+        )
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def _agree(run: RunDirectory, store: RunStore, settings: SearchSettings, evaluator: str) -> None:
+    """config.json, the record and the caller must mean the same search."""
+    recorded = store.facts()["evaluator"]
+    if recorded != evaluator:
+        raise RunError(f"{run} was begun with the evaluator {recorded!r}, not {evaluator!r}")
+    config = run.read_config()
+    if config is None:  # killed between the record and the file
+        run.write_config(settings.to_json())
+        return
+    plain = {name: value for name, value in config.items() if name not in EXECUTION}
+    difference = _first_difference(plain, settings.identity())
+    if difference:
+        raise RunError(
+            f"{run.config} and run.db disagree on {difference}: "
+            "settings of a run can not change; begin a new search for others"
+        )
+
+
+def _require_same_text(recorded: object, corpus: CorpusRecord) -> None:
+    facts = corpus.facts()
+    if not isinstance(recorded, dict) or recorded.get("key") != facts["key"]:
+        then = str(recorded.get("content_hash"))[:12] if isinstance(recorded, dict) else "unknown"
+        raise RunError(
+            f"the text {corpus.name!r} is not what this run began with (content hash {then} then, "
+            f"{corpus.content_hash[:12]} now): bring it back as it was, or begin a new search"
+        )
+
+
+def _first_difference(left: object, right: object, path: str = "") -> str | None:
+    """Where two JSON values differ first, as "model.width (64 and 128)"."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        for name in sorted({*left, *right}):
+            here = f"{path}.{name}" if path else str(name)
+            if name not in left or name not in right:
+                return f"{here[:100]} (only one has it)"
+            difference = _first_difference(left[name], right[name], here)
+            if difference:
+                return difference
+        return None
+    if left == right and type(left) is type(right):
+        return None
+    return f"{path[:100]} ({str(left)[:60]} and {str(right)[:60]})"
+
+
+def _versions() -> dict[str, str]:
+    """Of what the results depend on; for people who ask why a replay differs."""
+    versions = {"python": platform.python_version()}
+    for name in ("star-kernels", "numpy", "pymoo", "torch"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "unknown"
+    return versions

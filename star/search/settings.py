@@ -1,0 +1,236 @@
+"""Everything that decides a search, as one plain value, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from star.config import ModelConfig
+from star.pools import Pool
+from star.proxy import ProxySettings
+from star.search.objectives import require_objectives
+
+__all__ = ["ENGINES", "EXECUTION", "PRESETS", "DataSettings", "SearchSettings", "preset"]
+
+ENGINES = ("local", "ray")
+# What may change when a run is resumed: how it is carried out, not what it finds.
+EXECUTION = ("workers", "engine")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which text the candidates are trained on (see star.data.open_corpus).
+
+    Attributes:
+        source: files, folders or a dataset's name; none for the text that needs no download.
+        text_column: of a table, where the text is not found by itself.
+        tokenizer: path of a `tokenizers` JSON file; None for bytes.
+        validation_fraction: part of the text that is held out.
+    """
+
+    source: tuple[str, ...] = ()
+    text_column: str | None = None
+    tokenizer: str | None = None
+    validation_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, str) or not all(isinstance(item, str) and item for item in self.source):
+            raise ValueError(f"data source is {self.source!r}, takes a tuple of paths or names")
+        object.__setattr__(self, "source", tuple(self.source))
+        for name in ("text_column", "tokenizer"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value):
+                raise ValueError(f"data {name} is {value!r}, takes a text or nothing")
+        _require_number("validation_fraction", self.validation_fraction, above=0.0, at_most=0.5)
+
+    def absolute(self) -> DataSettings:
+        """The same with paths that stay right when the run is resumed from another folder."""
+        source = tuple(str(Path(item).resolve()) if Path(item).exists() else item for item in self.source)
+        tokenizer = None if self.tokenizer is None else str(Path(self.tokenizer).resolve())
+        return replace(self, source=source, tokenizer=tokenizer)
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """A search: what is looked for, where, how long, and by how many processes.
+
+    Attributes:
+        objectives: names of star.search.objectives, all minimised.
+        population: survivors of a generation, and offspring of one.
+        generations: the first, drawn at random, among them: population x generations candidates in all.
+        depth: LIVs of a backbone.
+        pool: the options of each position of a gene.
+        seed: of every draw that the search makes; the proxy has its own.
+        mutation_rate: probability with which each of a gene's five positions is redrawn (paper: 0.1).
+        crossover_rate: probability that a pair of parents is recombined at all.
+        tournament: how many contenders each parent is the best of.
+        attempts: how often a generation is varied anew to replace proposals that were evaluated before.
+        seed_baselines: begin with the Transformer++, StripedMamba and LFM2 layouts in the population.
+        references: train those layouts, outside of the population, to compare with.
+        keep_weights: keep the trained weights of the front and of the references.
+        model: sizes of the models. Its vocabulary is set from the corpus when the search begins.
+        proxy: the training that stands for a full one.
+        data: the text.
+        workers: processes; None for as many as the cores can serve with `proxy.threads` (None: 1) each.
+        engine: "local" processes, or "ray".
+
+    Raises:
+        ValueError: a value that no search can have, in one line.
+    """
+
+    objectives: tuple[str, ...] = ("quality", "size")
+    population: int = 16
+    generations: int = 18
+    depth: int = 24
+    pool: Pool = field(default_factory=Pool)
+    seed: int = 0
+    mutation_rate: float = 0.1
+    crossover_rate: float = 0.9
+    tournament: int = 2
+    attempts: int = 20
+    seed_baselines: bool = False
+    references: bool = True
+    keep_weights: bool = True
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(width=128, head_dim=32))
+    proxy: ProxySettings = field(default_factory=ProxySettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    workers: int | None = None
+    engine: str = "local"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "objectives", require_objectives(self.objectives))
+        _require_integer("population", self.population, at_least=2, at_most=10_000)
+        _require_integer("generations", self.generations, at_least=1, at_most=1_000_000)
+        _require_integer("depth", self.depth, at_least=1, at_most=1_000)
+        _require_integer("seed", self.seed, at_least=0, at_most=2**63 - 1)
+        _require_integer("attempts", self.attempts, at_least=1, at_most=1_000)
+        _require_integer("tournament", self.tournament, at_least=1, at_most=self.population)
+        _require_number("mutation_rate", self.mutation_rate, above=None, at_most=1.0)
+        _require_number("crossover_rate", self.crossover_rate, above=None, at_most=1.0)
+        if self.workers is not None:
+            _require_integer("workers", self.workers, at_least=1, at_most=10_000)
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine is {self.engine!r}, takes {' or '.join(ENGINES)}")
+        for name in ("seed_baselines", "references", "keep_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, takes true or false")
+
+    @property
+    def planned(self) -> int:
+        """Candidates that the generations ask for (references not counted)."""
+        return self.population * self.generations
+
+    def worker_count(self) -> int:
+        """`workers`, or as many as the cores that this process may use can serve."""
+        if self.workers is not None:
+            return self.workers
+        # sched_getaffinity knows of containers and taskset; macOS does not have it.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, cores // max(1, self.proxy.threads or 1))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; `from_json` turns it back."""
+        return {
+            **{item.name: getattr(self, item.name) for item in dataclasses.fields(self)},
+            "objectives": list(self.objectives),
+            "pool": self.pool.to_json(),
+            "model": self.model.to_json(),
+            "proxy": self.proxy.to_json(),
+            "data": {**dataclasses.asdict(self.data), "source": list(self.data.source)},
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide what a run finds: all but `EXECUTION`."""
+        return {name: value for name, value in self.to_json().items() if name not in EXECUTION}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> SearchSettings:
+        """The settings that `to_json` wrote, or some of them (the others are the defaults).
+
+        Raises:
+            ValueError: a name that is no setting, or a wrong value; one line.
+        """
+        if not isinstance(value, Mapping):
+            raise ValueError(f"settings are {type(value).__name__}, take an object")
+        names = [item.name for item in dataclasses.fields(cls)]
+        for name in value:
+            if name not in names:
+                raise ValueError(f"setting {name!r} is unknown, takes {', '.join(names)}")
+        nested: dict[str, Callable[[Any], Any]] = {
+            "pool": Pool.from_json,
+            "model": ModelConfig.from_json,
+            "proxy": ProxySettings.from_json,
+            "data": _data,
+        }
+        try:
+            parts: dict[str, Any] = {
+                name: nested[name](item) if name in nested else item for name, item in value.items()
+            }
+            return cls(**parts)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"settings: {str(error).splitlines()[0]}") from error
+
+
+def _data(value: Mapping[str, Any]) -> DataSettings:
+    return DataSettings(**{**value, "source": tuple(value.get("source", ()))})
+
+
+def _require_integer(name: str, value: object, *, at_least: int, at_most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= at_most:
+        raise ValueError(f"{name} is {value!r}, takes an integer from {at_least} to {at_most}")
+
+
+def _require_number(name: str, value: object, *, above: float | None, at_most: float) -> None:
+    takes = f"a number {'from 0' if above is None else f'above {above:g}'} to {at_most:g}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} is {value!r}, takes {takes}")
+    if not (value >= 0.0 if above is None else value > above) or value > at_most:
+        raise ValueError(f"{name} is {value!r}, takes {takes}")
+
+
+# Sizes by purpose: minutes on two cores; an evening on a laptop; the paper's own, which needs accelerators.
+# Learning rates and lengths of the small ones are our own, chosen for bytes and little time.
+PRESETS: dict[str, SearchSettings] = {
+    "demo": SearchSettings(
+        population=8,
+        generations=5,
+        model=ModelConfig(width=64, head_dim=16),
+        proxy=ProxySettings(steps=60, batch_size=8, length=128, threads=1),
+    ),
+    "laptop": SearchSettings(
+        model=ModelConfig(width=128, head_dim=32),
+        proxy=ProxySettings(steps=100, batch_size=8, length=128, threads=1),
+    ),
+    "paper": SearchSettings(
+        model=ModelConfig(width=768, head_dim=64),
+        # 0.25M tokens a step, 1.3B tokens a candidate.
+        proxy=ProxySettings(
+            steps=4960,
+            batch_size=64,
+            length=4096,
+            learning_rate=8e-4,
+            warmup_steps=200,
+            validation_batches=64,
+            evaluate_every=500,
+        ),
+    ),
+}
+
+
+def preset(name: str, **changes: Any) -> SearchSettings:
+    """The preset of this name, with some settings replaced.
+
+    Raises:
+        ValueError: no such preset or setting, or a wrong value; one line.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset is {name!r}, takes {', '.join(PRESETS)}")
+    names = {item.name for item in dataclasses.fields(SearchSettings)}
+    for change in changes:
+        if change not in names:
+            raise ValueError(f"setting {change!r} is unknown, takes {', '.join(sorted(names))}")
+    return replace(PRESETS[name], **changes)
