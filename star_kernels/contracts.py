@@ -162,7 +162,9 @@ class Contract:
     def choice(self, name: str, value: Any, choices: tuple[Any, ...]) -> None:
         """One of a few values."""
         if not any(value is option or value == option for option in choices):
-            raise ValueError(f"{self.function}: {name} is {value!r}; it takes {' or '.join(map(repr, choices))}")
+            raise ValueError(
+                f"{self.function}: {name} is {value!r}; it takes {' or '.join(map(repr, choices))}"
+            )
 
     def flag(self, name: str, value: Any) -> None:
         """True or False."""
@@ -253,7 +255,7 @@ def _short(values: list[int]) -> str:
     return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:6]))}, ..., {values[-1]}]"
 
 
-def autocast_together(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast_together(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Activations as autocast would have them: all in its dtype where it is on, untouched where it is off.
 
     Weights are left alone: every operator takes them in float32 beside half-precision activations.

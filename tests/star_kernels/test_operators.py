@@ -84,7 +84,7 @@ def test_agrees_with_the_definition(case: Case, backend: str, dtype: torch.dtype
     wanted = run(case.operator, widen(arguments), "reference")
     got = run(case.operator, arguments, backend)
     assert got.keys() == wanted.keys()
-    assert all(got[name].dtype == dtype for name in got if name == "output 0")
+    assert got["output 0"].dtype == (torch.float32 if case.float32_output else dtype)
     if backend == "reference" and dtype != torch.float32:
         return  # the reference in half precision is what others are compared with, below
     lost = run(case.operator, arguments, "reference") if dtype != torch.float32 else None
@@ -98,12 +98,16 @@ def test_agrees_with_the_definition(case: Case, backend: str, dtype: torch.dtype
 
 def fused_view(tensor: Tensor) -> Tensor:
     """A view of a fused projection: the last dimension contiguous, rows apart."""
+    if tensor.dim() == 0:
+        return tensor
     return torch.cat([tensor, torch.full_like(tensor, torch.nan)], dim=-1)[..., : tensor.shape[-1]]
 
 
 def transposed(tensor: Tensor) -> Tensor:
     """The last dimension not contiguous."""
-    return tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor.repeat_interleave(2)[::2]
+    if tensor.dim() > 1:
+        return tensor.mT.contiguous().mT
+    return tensor.repeat_interleave(2)[::2] if tensor.dim() else tensor
 
 
 LAYOUT_ROWS = [
@@ -132,6 +136,8 @@ FIRST_ROWS = [
 
 @pytest.mark.parametrize(("case", "backend"), FIRST_ROWS)
 def test_same_bits_whatever_the_threads(case: Case, backend: str) -> None:
+    if backend == "torch":
+        pytest.skip("PyTorch promises the same bits for the same number of threads only")
     results = []
     for threads in (1, 2, 1):
         torch.set_num_threads(threads)

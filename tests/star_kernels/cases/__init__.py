@@ -19,10 +19,10 @@ class Maker:
         self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return scale * torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+        return scale * torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, generator=self.generator, dtype=torch.float64)
+        return low + (high - low) * torch.rand(shape, generator=self.generator, dtype=torch.float64)
 
     def unit(self, *shape: int) -> Tensor:
         """Rows of length one."""
@@ -44,6 +44,7 @@ class Case:
         make: draws the arguments.
         constant: floating arguments that get no gradient.
         float32: floating arguments that stay float32 beside half-precision ones (weights, states).
+        float32_output: the result is float32 whatever the dtype (a loss).
         tolerance: multiplies the tolerances, where a case is worse conditioned; say why.
     """
 
@@ -52,6 +53,7 @@ class Case:
     make: Callable[[Maker], dict[str, Any]]
     constant: frozenset[str] = frozenset()
     float32: frozenset[str] = frozenset()
+    float32_output: bool = False
     tolerance: float = 1.0
     extra: dict[str, Any] = field(default_factory=dict)
 
