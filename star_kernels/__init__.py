@@ -13,9 +13,13 @@ from star_kernels.attention import attention as attention
 from star_kernels.attention import attention_decode as attention_decode
 from star_kernels.attention import diff_attention as diff_attention
 from star_kernels.convolution import gated_long_conv as gated_long_conv
+from star_kernels.convolution import gated_long_conv_step as gated_long_conv_step
 from star_kernels.convolution import gated_short_conv as gated_short_conv
+from star_kernels.convolution import gated_short_conv_step as gated_short_conv_step
 from star_kernels.convolution import long_conv as long_conv
+from star_kernels.convolution import long_conv_step as long_conv_step
 from star_kernels.convolution import short_conv as short_conv
+from star_kernels.convolution import short_conv_step as short_conv_step
 from star_kernels.loss import linear_cross_entropy as linear_cross_entropy
 from star_kernels.memoryless import glu as glu
 from star_kernels.norm import rms_norm as rms_norm

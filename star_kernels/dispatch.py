@@ -84,7 +84,9 @@ def choose(operator: str, backend: str | None, tensor: Tensor) -> Callable[..., 
             if form is not None and form.problem(tensor) is None:
                 return form.function
     if backend not in BACKENDS:
-        raise ValueError(f"{operator}: backend is {backend!r}; it takes None or {', '.join(map(repr, BACKENDS))}")
+        raise ValueError(
+            f"{operator}: backend is {backend!r}; it takes None or {', '.join(map(repr, BACKENDS))}"
+        )
     form = forms.get(backend)
     if form is None:
         why = _compiled_problem if backend == "cpp" and _compiled_problem else "it has none for this operator"
@@ -93,6 +95,28 @@ def choose(operator: str, backend: str | None, tensor: Tensor) -> Callable[..., 
     if problem is not None:
         raise ValueError(f"{operator}: backend {backend!r} {problem}")
     return form.function
+
+
+def step(
+    operator: str, backend: str | None, check: Callable[[], None], *arguments: Any, **options: Any
+) -> Any:
+    """Answers one decode step, where microseconds count.
+
+    The compiled operators check their arguments themselves, so ``check``, which states the contract in
+    words, runs first only for the other backends; where a compiled step refuses, it explains why.
+    """
+    first = arguments[0]
+    if backend is None and type(first) is Tensor:
+        form = _implementations[operator].get("cpp")
+        if form is not None and form.problem(first) is None:
+            try:
+                return form.function(*arguments, **options)
+            except (RuntimeError, TypeError, AttributeError):
+                check()
+                raise
+    check()
+    with torch.no_grad():
+        return choose(operator, backend, first)(*arguments, **options)
 
 
 def available(operator: str, tensor: Tensor) -> tuple[str, ...]:

@@ -122,11 +122,17 @@ void pre_gradient(const ShortConvBackward& call, const Position& at, Window<T>& 
     }
     if (gated) g *= to_float(c[d]);
     into[d] = g;
-    if (accumulate) {
-      for (int64_t k = 0; k < taps; ++k) sums[k * width + d] += g * source<T, gated>(window, k, d);
-      sums[taps * width + d] += g;
-    }
   }
+  if (!accumulate) return;
+  // One pass a tap over rows that are in the first cache: a loop over taps inside would not vectorise.
+  for (int64_t k = 0; k < taps; ++k) {
+    float* sum = sums + k * width;
+#pragma GCC ivdep
+    for (int64_t d = 0; d < width; ++d) sum[d] += into[d] * source<T, gated>(window, k, d);
+  }
+  float* sum = sums + taps * width;
+#pragma GCC ivdep
+  for (int64_t d = 0; d < width; ++d) sum[d] += into[d];
 }
 
 template <class T, bool gated, bool silu_after, int TAPS>

@@ -9,6 +9,7 @@ from star_kernels.contracts import Contract, autocast_together
 from star_kernels.convolution import reference
 
 for _name in ("short_conv", "gated_short_conv", "long_conv", "gated_long_conv"):
+    dispatch.register(f"{_name}_step", "reference", getattr(reference, f"{_name}_step"))
     dispatch.register(_name, "reference", getattr(reference, _name))
 if dispatch.load_compiled():
     from star_kernels.convolution import compiled as compiled
@@ -171,3 +172,159 @@ def gated_long_conv(
     call.parameter("kernel", kernel, "D Lk")
     call.optional_parameter("skip", skip, "D")
     return dispatch.choose("gated_long_conv", backend, x)(b, c, x, kernel, skip)
+
+
+def short_conv_step(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """One token of :func:`short_conv`; ``state`` is updated in place. No gradients.
+
+    Args:
+        x: (B, D).
+        state: (B, K-1, D) in x's dtype, the last inputs, oldest first; changed in place.
+        weight, bias, activation, backend: as in :func:`short_conv`.
+
+    Returns:
+        y (B, D) in x's dtype.
+
+    Raises:
+        ValueError, TypeError: an argument of another shape, dtype or device than named above.
+    """
+
+    def check() -> None:
+        call = Contract("short_conv_step")
+        call.tensor("x", x, "B D")
+        _check_step(call, state, weight, bias)
+        call.choice("activation", activation, (None, "silu"))
+
+    return dispatch.step("short_conv_step", backend, check, x, state, weight, bias, activation=activation)
+
+
+def gated_short_conv_step(
+    b: Tensor,
+    c: Tensor,
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """One token of :func:`gated_short_conv`; ``state`` is updated in place. No gradients.
+
+    Args:
+        b, c, x: (B, D).
+        state: (B, K-1, D) in x's dtype, the last products b ⊙ x, oldest first; changed in place.
+        weight, bias, backend: as in :func:`short_conv`.
+
+    Returns:
+        y (B, D) in x's dtype.
+
+    Raises:
+        ValueError, TypeError: an argument of another shape, dtype or device than named above.
+    """
+
+    def check() -> None:
+        call = Contract("gated_short_conv_step")
+        call.tensor("x", x, "B D")
+        call.tensor("b", b, "B D")
+        call.tensor("c", c, "B D")
+        _check_step(call, state, weight, bias)
+
+    return dispatch.step("gated_short_conv_step", backend, check, b, c, x, state, weight, bias)
+
+
+def _check_step(call: Contract, state: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    call.parameter("weight", weight, "D K")
+    call.at_least("K", 1)
+    call.optional_parameter("bias", bias, "D")
+    call.tensor("state", state, "B K-1 D")
+
+
+def long_conv_step(
+    x: Tensor,
+    history: Tensor,
+    kernel: Tensor,
+    skip: Tensor | None = None,
+    *,
+    position: int,
+    backend: str | None = None,
+) -> Tensor:
+    """One token of :func:`long_conv`; its input is written into ``history`` in place. No gradients.
+
+    Args:
+        x: (B, D).
+        history: (B, Lmax, D) in x's dtype; rows 0 to position-1 hold the inputs so far, row ``position`` is
+            written.
+        kernel, skip, backend: as in :func:`long_conv`.
+        position: index of this token, 0 <= position < Lmax.
+
+    Returns:
+        y (B, D) in x's dtype.
+
+    Raises:
+        ValueError, TypeError: an argument of another shape, dtype or device than named above.
+    """
+
+    def check() -> None:
+        call = Contract("long_conv_step")
+        call.tensor("x", x, "B D")
+        _check_history(call, history, kernel, skip, position)
+
+    return dispatch.step("long_conv_step", backend, check, x, history, kernel, skip, position=position)
+
+
+def gated_long_conv_step(
+    b: Tensor,
+    c: Tensor,
+    x: Tensor,
+    history: Tensor,
+    kernel: Tensor,
+    skip: Tensor | None = None,
+    *,
+    position: int,
+    backend: str | None = None,
+) -> Tensor:
+    """One token of :func:`gated_long_conv`; b ⊙ x is written into ``history`` in place. No gradients.
+
+    Args:
+        b, c, x: (B, D).
+        history: (B, Lmax, D) in x's dtype; rows 0 to position-1 hold the products b ⊙ x so far.
+        kernel, skip, position, backend: as in :func:`long_conv_step`.
+
+    Returns:
+        y (B, D) in x's dtype.
+
+    Raises:
+        ValueError, TypeError: an argument of another shape, dtype or device than named above.
+    """
+
+    def check() -> None:
+        call = Contract("gated_long_conv_step")
+        call.tensor("x", x, "B D")
+        call.tensor("b", b, "B D")
+        call.tensor("c", c, "B D")
+        _check_history(call, history, kernel, skip, position)
+
+    return dispatch.step(
+        "gated_long_conv_step", backend, check, b, c, x, history, kernel, skip, position=position
+    )
+
+
+def _check_history(
+    call: Contract, history: Tensor, kernel: Tensor, skip: Tensor | None, position: int
+) -> None:
+    call.tensor("history", history, "B Lmax D")
+    call.parameter("kernel", kernel, "D Lk")
+    call.optional_parameter("skip", skip, "D")
+    call.count("position", position, at_least=0)
+    if position >= call.dims["Lmax"]:
+        raise ValueError(
+            f"{call.function}: position is {position}; history holds positions below {call.dims['Lmax']}"
+        )

@@ -128,6 +128,29 @@ def gated_short_conv(
     return (y, final_state) if return_final_state else y
 
 
+def short_conv_step(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """See :func:`star_kernels.short_conv_step`."""
+    y: Tensor = torch.ops.star_kernels.short_conv_step.default(x, state, weight, bias, activation == "silu")
+    return y
+
+
+def gated_short_conv_step(
+    b: Tensor, c: Tensor, x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """See :func:`star_kernels.gated_short_conv_step`."""
+    y: Tensor = torch.ops.star_kernels.gated_short_conv_step.default(b, c, x, state, weight, bias)
+    return y
+
+
+register_fake("short_conv_step", lambda x, state, weight, bias, silu: x.new_empty(x.shape))
+register_fake("gated_short_conv_step", lambda b, c, x, state, weight, bias: x.new_empty(x.shape))
 register_fake("short_conv", _short_conv_fake)
 register_fake("short_conv_backward", _short_conv_backward_fake)
 register_autograd("short_conv", _short_conv_autograd, _short_conv_setup)
@@ -135,5 +158,10 @@ register_fake("gated_short_conv", _gated_short_conv_fake)
 register_fake("gated_short_conv_backward", _gated_short_conv_backward_fake)
 register_autograd("gated_short_conv", _gated_short_conv_autograd, _gated_short_conv_setup)
 
-for _name, _function in (("short_conv", short_conv), ("gated_short_conv", gated_short_conv)):
+for _name, _function in (
+    ("short_conv", short_conv),
+    ("gated_short_conv", gated_short_conv),
+    ("short_conv_step", short_conv_step),
+    ("gated_short_conv_step", gated_short_conv_step),
+):
     dispatch.register(_name, "cpp", _function, device_type="cpu", dtypes=dispatch.KERNEL_DTYPES)

@@ -86,3 +86,51 @@ def long_conv(x: Tensor, kernel: Tensor, skip: Tensor | None = None) -> Tensor:
 def gated_long_conv(b: Tensor, c: Tensor, x: Tensor, kernel: Tensor, skip: Tensor | None = None) -> Tensor:
     """See :func:`star_kernels.gated_long_conv`."""
     return c * long_conv(b * x, kernel, skip)
+
+
+def short_conv_step(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """See :func:`star_kernels.short_conv_step`."""
+    y, after = short_conv(
+        x[:, None], weight, bias, activation=activation, initial_state=state, return_final_state=True
+    )
+    state.copy_(after)
+    return y[:, 0]
+
+
+def gated_short_conv_step(
+    b: Tensor, c: Tensor, x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """See :func:`star_kernels.gated_short_conv_step`."""
+    return c * short_conv_step(b * x, state, weight, bias)
+
+
+def long_conv_step(
+    x: Tensor, history: Tensor, kernel: Tensor, skip: Tensor | None = None, *, position: int
+) -> Tensor:
+    """See :func:`star_kernels.long_conv_step`."""
+    history[:, position] = x
+    taps = min(position + 1, kernel.shape[1])
+    recent = history[:, position + 1 - taps : position + 1].to(kernel.dtype)
+    y = (recent * kernel[:, :taps].flip(1).mT).sum(1).to(x.dtype)
+    return y if skip is None else y + skip.to(x.dtype) * x
+
+
+def gated_long_conv_step(
+    b: Tensor,
+    c: Tensor,
+    x: Tensor,
+    history: Tensor,
+    kernel: Tensor,
+    skip: Tensor | None = None,
+    *,
+    position: int,
+) -> Tensor:
+    """See :func:`star_kernels.gated_long_conv_step`."""
+    return c * long_conv_step(b * x, history, kernel, skip, position=position)
