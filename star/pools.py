@@ -428,7 +428,7 @@ def _attention(number: int, repeat: int, *, short_conv: bool, differential: bool
         ),
         shareable=("key", "value"),
         differential=differential,
-        layer="star_kernels.layers.attention:" + ("DifferentialAttention" if differential else "Attention"),
+        layer="star_kernels.layers.attention:" + ("DiffAttention" if differential else "Attention"),
         layer_arguments={"kv_repeat": repeat, "short_conv": short_conv},
         cost="star.cost:attention_cost",
         summary=("differential " if differential else "") + summary,
@@ -453,7 +453,7 @@ def _recurrence(number: int, state_size: int, *, differential: bool) -> LivClass
         ),
         shareable=("B", "C"),
         differential=differential,
-        layer="star_kernels.layers.recurrence:" + ("DifferentialSSM" if differential else "SelectiveSSM"),
+        layer="star_kernels.layers.recurrence:" + ("DiffSelectiveSSM" if differential else "SelectiveSSM"),
         layer_arguments={"state_size": state_size},
         cost="star.cost:recurrence_cost",
         summary=("differential " if differential else "")
@@ -478,7 +478,7 @@ def _convolution(number: int, *, differential: bool) -> LivClass:
         shareable=("B", "C", "value"),
         differential=differential,
         layer="star_kernels.layers.convolution:"
-        + (f"DifferentialGated{kind}Conv" if differential else f"Gated{kind}Conv"),
+        + (f"DiffGated{kind}Conv" if differential else f"Gated{kind}Conv"),
         layer_arguments={},
         cost="star.cost:convolution_cost",
         summary=("differential " if differential else "") + f"gated convolution, {kernel}",

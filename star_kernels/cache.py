@@ -1,0 +1,157 @@
+"""Inference caches: what a layer remembers of the tokens it has read.
+
+Three kinds of tensors, all with the batch first:
+
+- ``"position"``: one entry a token (keys, values, the products of a long convolution), (B, max_length, ...);
+- ``"tail"``: the last inputs of a short convolution, (B, K - 1, D), oldest first;
+- ``"state"``: the state of a recurrence, in float32 (float64 in a float64 cache).
+
+Layers that share feature groups share the position-indexed tensors made of them: one tensor, written by the
+layer that computes the features. Tails and states belong to one layer alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CacheTensor:
+    """What a layer asks of its cache.
+
+    Args:
+        name: its name in :attr:`LayerCache.tensors`.
+        shape: sizes after the batch.
+        kind: "position", "tail" or "state".
+        groups: the feature groups that a position-indexed tensor is made of.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    groups: tuple[str, ...] = ()
+
+
+@dataclass
+class LayerCache:
+    """The memory of one layer.
+
+    Args:
+        tensors: by name; zeros at first.
+        max_length: tokens there is room for.
+        aliased: names of the tensors that belong to another layer's cache, which writes them.
+        position: tokens read so far.
+        derived: tensors computed once from the layer's weights (the kernel of a long convolution); no memory
+            of the tokens, so not part of :attr:`nbytes`.
+    """
+
+    tensors: dict[str, Tensor]
+    max_length: int
+    aliased: frozenset[str] = frozenset()
+    position: int = 0
+    derived: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def allocate(
+        cls,
+        wanted: Sequence[CacheTensor],
+        batch: int,
+        max_length: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        source: LayerCache | None = None,
+        shared: Sequence[str] = (),
+    ) -> LayerCache:
+        """Zeros for everything wanted, but what is made of shared groups alone is the source's own tensor."""
+        tensors: dict[str, Tensor] = {}
+        aliased = set()
+        of_state = torch.promote_types(dtype, torch.float32)
+        for spec in wanted:
+            is_shared = spec.kind == "position" and set(spec.groups) <= set(shared)
+            if source is not None and is_shared and spec.name in source.tensors:
+                tensors[spec.name] = source.tensors[spec.name]
+                aliased.add(spec.name)
+            else:
+                tensors[spec.name] = torch.zeros(
+                    batch, *spec.shape, dtype=of_state if spec.kind == "state" else dtype, device=device
+                )
+        return cls(tensors, max_length, frozenset(aliased))
+
+    def require_room(self, length: int) -> None:
+        """Raises ValueError unless ``length`` more tokens fit."""
+        if self.position + length > self.max_length:
+            raise ValueError(
+                f"cache has room for {self.max_length} tokens and holds {self.position}; "
+                f"it takes at most {self.max_length - self.position} more, got {length}"
+            )
+
+    def extend(self, name: str, new: Tensor) -> Tensor:
+        """Writes new tokens (B, L, ...) behind those read, and returns all of them in the dtype of ``new``.
+
+        Tokens of an aliased tensor are there already: its owner wrote them.
+        """
+        end = self.position + new.shape[1]
+        tensor = self.tensors[name]
+        if name not in self.aliased:
+            tensor[:, self.position : end] = new
+        return tensor[:, :end].to(new.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors; an aliased one counts here as well."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def reset(self) -> None:
+        """Forgets all tokens; keeps the tensors."""
+        self.position = 0
+        for tensor in self.tensors.values():
+            tensor.zero_()
+
+
+@dataclass
+class ModelCache:
+    """The memory of a model: one :class:`LayerCache` a layer, in their order."""
+
+    layers: list[LayerCache]
+
+    @property
+    def position(self) -> int:
+        """Tokens read so far."""
+        return self.layers[0].position
+
+    @property
+    def max_length(self) -> int:
+        """Tokens there is room for."""
+        return self.layers[0].max_length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated; a tensor that several layers use counts once."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor once."""
+        seen: set[int] = set()
+        for layer in self.layers:
+            for tensor in layer.tensors.values():
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield tensor
+
+    def reset(self) -> None:
+        """Forgets all tokens; keeps the tensors."""
+        for layer in self.layers:
+            layer.reset()
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row b becomes a copy of row ``rows[b]``, in place (beam search). ``rows`` is (B,) int64."""
+        self._each(lambda tensor: tensor.copy_(tensor.index_select(0, rows)))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        for tensor in self.tensors():
+            change(tensor)

@@ -1,0 +1,101 @@
+"""Linear maps without a bias: one whose rows are several feature groups, and the one that ends a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GroupProjection(nn.Linear):
+    """Projects x to several feature groups with one matrix product.
+
+    The weight's rows are the groups, one below the other in the order of ``widths``, so a module that makes
+    only some of them for one caller multiplies only their rows. Groups that lie side by side cost one product.
+
+    Args:
+        dim: width of the input.
+        widths: group name -> number of its features, in the order of the rows.
+
+    Initialised from N(0, 1 / dim), so that inputs of unit variance give features of unit variance.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        widths: Mapping[str, int],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.widths = dict(widths)
+        super().__init__(dim, sum(widths.values()), bias=False, device=device, dtype=dtype)
+        ends = torch.tensor([0, *widths.values()], device="cpu").cumsum(0).tolist()
+        self._rows = {name: (ends[place], ends[place + 1]) for place, name in enumerate(widths)}
+
+    def reset_parameters(self) -> None:
+        """Draws the weight from N(0, 1 / dim)."""
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+
+    def rows(self, names: Sequence[str]) -> slice:
+        """The rows of groups that lie side by side, given in their order.
+
+        Raises:
+            ValueError: a group that this projection does not make.
+        """
+        for name in names:
+            if name not in self._rows:
+                makes = ", ".join(self._rows) or "no group"
+                raise ValueError(f"featurizer makes {makes}; {name!r} must be given by another layer")
+        return slice(self._rows[names[0]][0], self._rows[names[-1]][1])
+
+    def fused(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """The features of groups that lie side by side, given in their order: (..., sum of their widths)."""
+        rows = self.rows(names)
+        is_whole = rows.stop - rows.start == self.out_features
+        return F.linear(x, self.weight if is_whole else self.weight[rows])
+
+    def forward(self, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:  # type: ignore[override]
+        """The named groups, given in the order of the rows, each (..., its width)."""
+        features: dict[str, Tensor] = {}
+        for run in self._runs(names):
+            pieces = self.fused(x, run).split([self.widths[name] for name in run], dim=-1)
+            features.update(zip(run, pieces, strict=True))
+        return features
+
+    def _runs(self, names: Sequence[str]) -> list[list[str]]:
+        """The names, cut where rows of another group lie between two of them."""
+        runs: list[list[str]] = []
+        for name in names:
+            adjoins = runs and self.rows(runs[-1]).stop == self.rows([name]).start
+            if adjoins:
+                runs[-1].append(name)
+            else:
+                runs.append([name])
+        return runs
+
+
+class OutputProjection(nn.Linear):
+    """The dense channel mixing at the end of a layer, whose result is added to the residual stream.
+
+    Initialised from N(0, 1 / (width · residual_layers)): the sum that ``residual_layers`` layers add to the
+    stream has unit variance then, however deep the model is (GPT-2's scaling).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        dim: int,
+        *,
+        residual_layers: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.residual_layers = residual_layers
+        super().__init__(width, dim, bias=False, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draws the weight from N(0, 1 / (width · residual_layers))."""
+        nn.init.normal_(self.weight, std=(self.in_features * self.residual_layers) ** -0.5)

@@ -1,0 +1,89 @@
+"""Operators on a cache: a prompt and a chunk carry the state on, a single token updates it in place."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor
+
+from star_kernels import convolution, recurrence
+from star_kernels.cache import LayerCache
+
+
+def short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    cache: LayerCache | None = None,
+    name: str = "tail",
+) -> Tensor:
+    """:func:`star_kernels.short_conv` after the inputs in ``cache.tensors[name]``."""
+    if cache is None:
+        return cast(Tensor, convolution.short_conv(x, weight, bias, activation=activation))
+    state = cache.tensors[name]
+    y, final = convolution.short_conv(
+        x, weight, bias, activation=activation, initial_state=state, return_final_state=True
+    )
+    state.copy_(final)
+    return y
+
+
+def gated_short_conv(
+    b: Tensor, c: Tensor, x: Tensor, weight: Tensor, *, cache: LayerCache | None = None, name: str = "tail"
+) -> Tensor:
+    """:func:`star_kernels.gated_short_conv` after the products in ``cache.tensors[name]``."""
+    if cache is None:
+        return cast(Tensor, convolution.gated_short_conv(b, c, x, weight))
+    state = cache.tensors[name]
+    y, final = convolution.gated_short_conv(b, c, x, weight, initial_state=state, return_final_state=True)
+    state.copy_(final)
+    return y
+
+
+def gated_long_conv(
+    b: Tensor,
+    c: Tensor,
+    x: Tensor,
+    kernel: Tensor,
+    skip: Tensor,
+    *,
+    cache: LayerCache | None = None,
+    name: str = "history",
+) -> Tensor:
+    """:func:`star_kernels.gated_long_conv` over the products b ⊙ x in ``cache.tensors[name]`` and the new ones."""
+    if cache is None:
+        return convolution.gated_long_conv(b, c, x, kernel, skip)
+    products = cache.extend(name, b * x)
+    return c * convolution.long_conv(products, kernel, skip)[:, cache.position :]
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor,
+    *,
+    cache: LayerCache | None = None,
+    name: str = "state",
+) -> Tensor:
+    """:func:`star_kernels.selective_scan` with softplus steps, from the state in ``cache.tensors[name]``."""
+    if cache is None:
+        return cast(Tensor, recurrence.selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus=True))
+    state = cache.tensors[name]
+    if x.shape[1] == 1:
+        z = None if z is None else z[:, 0]
+        y = recurrence.selective_scan_step(
+            x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state, D, z, dt_bias, dt_softplus=True
+        )
+        return y.unsqueeze(1)
+    y, final = recurrence.selective_scan(
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus=True, initial_state=state, return_final_state=True
+    )
+    state.copy_(final)
+    return y
