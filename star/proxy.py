@@ -194,24 +194,25 @@ def train_candidate(
     corpus.check_length(settings.length)
 
     start = time.perf_counter()
-    curve: list[CurvePoint] = []
     model: nn.Module | None = None
+    run: training.Training | None = None
     try:
         with training.thread_count(settings.threads):
             model = (build or _build)(genome, config, settings.seed)
-            outcome = training.train_model(model, settings, corpus, progress=progress, curve=curve)
+            run = training.Training(model, settings, corpus, progress)
+            while not run.done:
+                run.train_step()
+            outcome = run.outcome()
     except Exception as error:
         # A candidate may fail in any way that torch or a layer knows; the search goes on without it.
+        reason = training.failure_reason(error)
         outcome = Outcome(
-            status="failed",
-            reason=training.failure_reason(error),
-            curve=tuple(curve),
-            tokens=getattr(error, "tokens", 0),
+            "failed", reason, None, tuple(run.curve) if run else (), 0.0, run.tokens if run else 0
         )
     if outcome.ok and save_to is not None and model is not None:
         about = {"genome": str(genome), "config": config.to_json(), "content_hash": corpus.content_hash}
         weights.save_weights(model, save_to, about)
-    del model
+    del model, run
     if not outcome.ok:
         training.release_memory()
     return dataclasses.replace(outcome, seconds=time.perf_counter() - start)

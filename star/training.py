@@ -25,7 +25,17 @@ from star.optimizer import AdamW, learning_rate
 from star.proxy import CurvePoint, Outcome, Progress, ProxySettings
 from star_kernels import linear_cross_entropy
 
-__all__ = ["Diverged", "evaluate", "failure_reason", "train_model", "training_device", "training_dtype"]
+__all__ = [
+    "Diverged",
+    "Training",
+    "evaluate",
+    "failure_reason",
+    "release_memory",
+    "thread_count",
+    "train_model",
+    "training_device",
+    "training_dtype",
+]
 
 CURVE_POINTS = 20
 """Points of a learning curve when `evaluate_every` does not say."""
@@ -79,28 +89,26 @@ def train_model(
     progress: Callable[[Progress], None] | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 500,
-    curve: list[CurvePoint] | None = None,
 ) -> Outcome:
     """Trains `model` in place and evaluates it on held-out text; the outcome is always "ok".
 
     progress: called after every step (every 16 on CUDA, which must not wait for each).
     checkpoint: a safetensors file, written every `checkpoint_every` steps and at the end. When it exists,
         training goes on from it.
-    curve: a list to which the learning curve is appended as it grows.
 
     Raises:
         Diverged: see there.
         ValueError: a text shorter than `settings.length`, or a checkpoint of another training.
         OSError: the checkpoint can't be written.
     """
-    run = _Run(model, settings, corpus, progress, curve if curve is not None else [])
+    training = Training(model, settings, corpus, progress)
     if checkpoint is not None and Path(checkpoint).exists():
-        run.restore(checkpoint)
-    while run.step < settings.steps:
-        run.train_step()
-        if checkpoint is not None and (run.step % checkpoint_every == 0 or run.step == settings.steps):
-            run.save(checkpoint)
-    return run.outcome()
+        training.restore(checkpoint)
+    while not training.done:
+        training.train_step()
+        if checkpoint is not None and (training.step % checkpoint_every == 0 or training.done):
+            training.save(checkpoint)
+    return training.outcome()
 
 
 @dataclass
@@ -143,22 +151,24 @@ class _Watch:
         return mean
 
 
-class _Run:
-    """The state of one training between two steps."""
+class Training:
+    """One training between two steps; `train_model` is its whole use.
+
+    `step` optimizer steps are done, `curve` is the learning curve so far.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         settings: ProxySettings,
         corpus: Corpus,
-        progress: Callable[[Progress], None] | None,
-        curve: list[CurvePoint],
+        progress: Callable[[Progress], None] | None = None,
     ) -> None:
         corpus.check_length(settings.length)
         self.settings = settings
         self.corpus = corpus
         self.progress = progress
-        self.curve = curve
+        self.curve: list[CurvePoint] = []
         self.device = training_device(settings)
         self.dtype = training_dtype(settings, self.device)
         self.model = model.to(self.device).train()
@@ -169,6 +179,15 @@ class _Run:
         self.started = time.perf_counter()
         self.check_every = 1 if self.device.type == "cpu" else _CUDA_CHECK_STEPS
         self.point_every = settings.evaluate_every or max(1, settings.steps // CURVE_POINTS)
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.settings.steps
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read so far."""
+        return self.step * self.settings.batch_size * self.settings.length
 
     @property
     def seconds(self) -> float:
@@ -187,7 +206,7 @@ class _Run:
         point = last or (self.step + 1) % self.point_every == 0
         checking = point or (self.step + 1) % self.check_every == 0
         if checking:
-            self._check()
+            self.watch.check()
         rate = learning_rate(
             self.step,
             steps=settings.steps,
@@ -205,13 +224,6 @@ class _Run:
             validation = self.curve[-1].validation if self.curve else None
             self.progress(Progress(self.step, settings.steps, train, validation))
 
-    def _check(self) -> None:
-        try:
-            self.watch.check()
-        except Diverged as error:
-            error.tokens = (self.step + 1) * self.settings.batch_size * self.settings.length  # type: ignore[attr-defined]
-            raise
-
     def _add_point(self, evaluating: bool) -> None:
         validation = evaluate(self.model, self.corpus, self.settings) if evaluating else None
         if validation is not None and not math.isfinite(validation):
@@ -220,9 +232,9 @@ class _Run:
         self.curve.append(CurvePoint(self.step, train, validation))
 
     def outcome(self) -> Outcome:
-        tokens = self.step * self.settings.batch_size * self.settings.length
+        """The outcome of a training that is done."""
         quality = self.curve[-1].validation
-        return Outcome("ok", quality=quality, curve=tuple(self.curve), seconds=self.seconds, tokens=tokens)
+        return Outcome("ok", "", quality, tuple(self.curve), self.seconds, self.tokens)
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to belong to this training."""
@@ -232,7 +244,7 @@ class _Run:
 
     def save(self, path: str | Path) -> None:
         """Writes model, optimizer and progress as one file. Raises OSError."""
-        self._check()
+        self.watch.check()
         tensors = {f"model.{name}": tensor for name, tensor in weights.unique_tensors(self.model).items()}
         tensors |= {f"first.{name}": tensor for name, tensor in self.optimizer.first.items()}
         tensors |= {f"second.{name}": tensor for name, tensor in self.optimizer.second.items()}

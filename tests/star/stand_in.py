@@ -1,0 +1,34 @@
+"""A small model with the two things that training asks of one: `hidden` and `head_weight`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from star.config import ModelConfig
+
+
+class StandIn(nn.Module):
+    """Embedding tied to the head, and residual layers that share one matrix; sees the last two tokens."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        shared = nn.Linear(config.width, config.width)
+        self.layers = nn.ModuleList([shared, shared])
+        self.unused = nn.Linear(config.width, 3)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.normal_(std=0.05, generator=generator)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.embedding.weight
+
+    def hidden(self, inputs: Tensor) -> Tensor:
+        x: Tensor = self.embedding(inputs)
+        x = x + 0.5 * torch.roll(x, 1, dims=1)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
