@@ -1,0 +1,58 @@
+# Two commands need nothing but Python >= 3.10 and, for speed, a C++ compiler:
+#   make demo    a finished architecture search on real text, and its report
+#   make test    the whole test suite
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= runs/demo
+# One test worker a core, each with one thread: tiny operators stall with more.
+TEST_WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml constraints.txt
+
+.PHONY: demo test lint types pytest install build clean
+
+demo: $(VENV)/.search build
+	@if [ -e $(RUN)/run.db ]; then $(BIN)/star resume $(RUN); else $(BIN)/star search $(RUN) --preset demo; fi
+	@$(BIN)/star report $(RUN)
+
+test: lint types pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy star star_kernels benchmarks
+
+pytest: $(VENV)/.dev build
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
+
+install: $(VENV)/.search build
+
+# An editable installation: the sources here are what runs; `build` compiles what changed in csrc/.
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "star-kernels needs Python >= 3.10; PYTHON=... names another")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+
+$(VENV)/.build-tools: $(VENV)/bin/python constraints.txt
+	$(PIP) torch numpy setuptools ninja
+	@touch $@
+
+$(VENV)/.search: $(VENV)/.build-tools pyproject.toml
+	$(PIP) --no-build-isolation -e '.[search]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.build-tools pyproject.toml
+	$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@ $(VENV)/.search
+
+build: $(VENV)/.compiled
+
+$(VENV)/.compiled: $(SOURCES) $(VENV)/.build-tools
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info star_kernels/*.so $(VENV)/.compiled
