@@ -122,7 +122,7 @@ def _in_chunks(log_decay: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Tens
     def cut(tensor: Tensor) -> Tensor:
         if missing:
             tensor = torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], dim=1)
-        return tensor.movedim(1, 2).unflatten(2, (-1, size))
+        return tensor.movedim(1, 2).contiguous().unflatten(2, (-1, size))
 
     decays = _Decays(cut(log_decay if log_decay.dim() == 4 else log_decay[..., None]))
     return cut(q), cut(k), cut(v), decays, *(cut(other) for other in others)
