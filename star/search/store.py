@@ -421,13 +421,15 @@ def _translated(path: Path) -> Iterator[None]:
     """SQLite's errors as ours, one line each."""
     try:
         yield
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeError) as error:
         if is_disk_full(error):
             raise DiskFull(path, path.parent) from error
         if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
             raise RunError(f"{path} is locked by another program") from error
         if isinstance(error, sqlite3.IntegrityError):
             raise RunError(f"{path} refused a row: {error}") from error
-        if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
-            raise RunDamaged(f"{path} is damaged or not a run's record: {error}") from error
-        raise RunError(f"{path} can not be used: {error}") from error
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # A text that is no Unicode is an OperationalError, like much that is no damage.
+        if not isinstance(error, sqlite3.OperationalError) or "decode" in line:
+            raise RunDamaged(f"{path} is damaged or not the record of a search: {line}") from error
+        raise RunError(f"{path} can not be used: {line}") from error

@@ -8,7 +8,7 @@ proposal which was evaluated before is varied anew, and how often.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,9 +61,18 @@ def decode(variables: Genes) -> Genome:
 
 
 def different_genomes(
-    count: int, depth: int, rng: Generator, pool: Pool, first: Iterable[Genome] = ()
+    count: int,
+    depth: int,
+    rng: Generator,
+    pool: Pool,
+    *,
+    first: Iterable[Genome] = (),
+    unwanted: Collection[str] = (),
 ) -> list[Genome]:
-    """`count` genomes of different models: `first`, then random ones; fewer if there are not so many."""
+    """`count` genomes of different models: `first`, then random ones whose keys are not `unwanted`.
+
+    Fewer if there are not so many (or they do not turn up in many draws).
+    """
     found: dict[str, Genome] = {}
     for genome in first:
         found.setdefault(genome.key, genome)
@@ -71,7 +80,8 @@ def different_genomes(
         if len(found) >= count:
             break
         genome = Genome.random(depth, rng, pool)
-        found.setdefault(genome.key, genome)
+        if genome.key not in unwanted:
+            found.setdefault(genome.key, genome)
     return list(found.values())[:count]
 
 
@@ -110,7 +120,7 @@ class RandomGenomes(Sampling):
         self.depth, self.pool, self.first = depth, pool, tuple(first)
 
     def _do(self, problem: Any, n_samples: int, *args: Any, random_state: Generator, **kwargs: Any) -> Genes:
-        genomes = different_genomes(n_samples, self.depth, random_state, self.pool, self.first)
+        genomes = different_genomes(n_samples, self.depth, random_state, self.pool, first=self.first)
         return np.array([encode(genome) for genome in genomes])
 
 
@@ -166,9 +176,13 @@ class Variation(Mating):
     """Select parents, recombine, mutate, repair, and drop known models, until there are enough new ones.
 
     After `n_max_iterations` rounds the rest is filled with models that were evaluated before but are not in
-    the population, so that their stored evaluations compete again. In a space that is used up, the result
-    is short or empty.
+    the population, so that their stored evaluations compete again. If all this gives nothing, which happens
+    in tiny spaces, new models are drawn at random; where there are none, the result is empty.
     """
+
+    def __init__(self, *args: Any, known: KnownModels, depth: int, pool: Pool, **kwargs: Any) -> None:
+        super().__init__(*args, eliminate_duplicates=known, **kwargs)
+        self.known, self.depth, self.pool = known, depth, pool
 
     def do(self, problem: Any, pop: Population, n_offsprings: int, **kwargs: Any) -> Population:
         new = super().do(problem, pop, n_offsprings, **kwargs)
@@ -177,7 +191,12 @@ class Variation(Mating):
             return new
         known = self.repair(problem, self._do(problem, pop, missing, **kwargs), **kwargs)
         known = _first_of_each(known, {key_of(individual) for individual in (*pop, *new)})
-        return Population.merge(new, known[:missing])
+        offspring = Population.merge(new, known[:missing])
+        if len(offspring) > 0:
+            return offspring
+        rng = kwargs["random_state"]
+        drawn = different_genomes(n_offsprings, self.depth, rng, self.pool, unwanted=self.known.keys)
+        return Population.new("X", [encode(genome) for genome in drawn])
 
 
 def tournament(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import random
 import signal
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from star.genome import Genome
 from star.search.corpus import CorpusRecord
-from star.search.settings import SearchSettings
+from star.search.results import evaluate_safely
+from star.search.settings import SearchSettings, preset
+from star.search.workers import Task
 
 
 def open_corpus(settings: SearchSettings) -> CorpusRecord:
@@ -63,3 +68,74 @@ def deadly(text: str, settings: dict[str, Any], candidate_id: int, weights: str 
     if candidate_id == 6:
         os._exit(3)
     return {"status": "ok", "objectives": measure(Genome.parse(text))}
+
+
+def full_disk(text: str, settings: dict[str, Any], candidate_id: int, weights: str | None) -> dict[str, Any]:
+    """No room from candidate 3 on, unless the file "room" stands beside the weights folder."""
+    if candidate_id >= 3 and weights is not None and not (Path(weights).parent.parent / "room").exists():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), weights)
+    return score(text, settings, candidate_id, weights)
+
+
+def endless(text: str, settings: dict[str, Any], candidate_id: int, weights: str | None) -> dict[str, Any]:
+    """Tells its process number in the file "pid-ID", then never comes back."""
+    assert weights is not None
+    (Path(weights).parent.parent / f"pid-{candidate_id}").write_text(str(os.getpid()))
+    while True:
+        time.sleep(60)
+
+
+def strange(text: str, settings: dict[str, Any], candidate_id: int, weights: str | None) -> Any:
+    """What no evaluator should return, another thing for each candidate."""
+    good = {"status": "ok", "objectives": measure(Genome.parse(text))}
+    returned = [
+        None,
+        {"status": "maybe"},
+        {"status": "ok"},
+        {"status": "ok", "objectives": {**good["objectives"], "quality": float("nan")}},
+        {"status": "ok", "objectives": {"quality": 1.0}},
+        {**good, "curve": ["x" * 3_000_000]},
+        {"status": "failed"},
+    ]
+    if candidate_id == len(returned):
+        raise MemoryError("out of\nmemory")
+    return returned[candidate_id] if candidate_id < len(returned) else good
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+class InlineEngine:
+    """Evaluates in this process, in an order that `shuffle` decides, and dies after `lives` answers."""
+
+    def __init__(
+        self,
+        evaluator: Callable[..., dict[str, Any]] = score,
+        *,
+        shuffle: random.Random | None = None,
+        lives: int | None = None,
+    ) -> None:
+        self.evaluator, self.shuffle, self.lives = evaluator, shuffle, lives
+        self.evaluated: list[str] = []
+
+    def evaluate(self, tasks: Sequence[Task]) -> Iterator[tuple[int, dict[str, Any]]]:
+        tasks = list(tasks)
+        if self.shuffle is not None:
+            self.shuffle.shuffle(tasks)
+        for task in tasks:
+            if self.lives is not None:
+                if self.lives == 0:
+                    raise Killed
+                self.lives -= 1
+            self.evaluated.append(task.genome)
+            yield task.id, evaluate_safely(self.evaluator, task.genome, {}, task.id, None)
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+def settings(**changes: Any) -> SearchSettings:
+    """A search of a second."""
+    values = {"population": 6, "generations": 4, "depth": 6, "workers": 2, **changes}
+    return preset("demo", **values)
