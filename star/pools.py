@@ -139,6 +139,8 @@ class LivClass:
         layer_arguments: what the layer's constructor takes beside the sizes of the `ModelConfig`.
         cost: "module:function" of the analytic costs.
         summary: one line for people.
+        constants: features that the featurizer makes from its weights alone, whatever the input (the kernel
+            of a convolution). LIVs that share a featurizer share them; they are no part of feature sharing.
 
     Raises:
         ValueError: a number out of range, a group named twice, a shareable group that is none.
@@ -155,13 +157,15 @@ class LivClass:
     layer_arguments: Mapping[str, Any] = field(hash=False)
     cost: str
     summary: str
+    constants: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.id, bool) or not isinstance(self.id, int) or not 1 <= self.id <= 99:
             raise ValueError(f"LivClass: id is {self.id!r}, takes an integer from 1 to 99")
         if not self.name or not self.family:
             raise ValueError(f"LivClass {self.id}: name and family must not be empty")
-        if not self.featurizer or len(set(self.groups)) != len(self.groups):
+        names = self.groups + self.constants
+        if not self.featurizer or len(set(names)) != len(names):
             raise ValueError(f"LivClass {self.name}: featurizer takes one or more groups of different names")
         foreign = [name for name in self.shareable if name not in self.groups]
         if foreign or len(set(self.shareable)) != len(self.shareable):
@@ -458,6 +462,7 @@ def _recurrence(number: int, state_size: int, *, differential: bool) -> LivClass
         cost="star.cost:recurrence_cost",
         summary=("differential " if differential else "")
         + f"gated input-varying recurrence, {state_size} states a channel",
+        constants=("A",),
     )
 
 
@@ -480,8 +485,9 @@ def _convolution(number: int, *, differential: bool) -> LivClass:
         layer="star_kernels.layers.convolution:"
         + (f"DiffGated{kind}Conv" if differential else f"Gated{kind}Conv"),
         layer_arguments={},
-        cost="star.cost:convolution_cost",
+        cost=f"star.cost:{kind.lower()}_convolution_cost",
         summary=("differential " if differential else "") + f"gated convolution, {kernel}",
+        constants=("kernel",),
     )
 
 

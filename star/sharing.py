@@ -33,7 +33,8 @@ class LivPlan:
         entry: its LIV class.
         featurizer_owner: index of the LIV whose featurizer module it uses; its own where nothing is shared.
         featurizer_groups: feature groups that this featurizer module must be able to make: all that the LIVs
-            which use it compute. Equal for all of them; empty for a LIV that computes nothing.
+            which use it compute. Equal for all of them; empty where none computes any, though the featurizer
+            still makes the constants of its class.
         computed: feature groups that the LIV computes from its own input.
         source: index of the earlier LIV whose features it reuses, or None.
         shared: feature groups taken from the source; with `computed` all groups of the class.
@@ -63,7 +64,9 @@ def resolve(genome: Genome) -> tuple[LivPlan, ...]:
         taken = () if source is None else entry.shared_groups(gene.feature_strategy)
         shared.append(taken)
         computed.append(tuple(name for name in entry.groups if name not in taken))
-    owners = _featurizer_owners(genes, computed)
+    owners = _featurizer_owners(
+        genes, [{*names, *entry.constants} for names, entry in zip(computed, entries, strict=True)]
+    )
     made: dict[int, set[str]] = {}
     for owner, names in zip(owners, computed, strict=True):
         made.setdefault(owner, set()).update(names)
@@ -94,27 +97,32 @@ def _feature_sources(genes: Iterable[Gene]) -> list[int | None]:
     return sources
 
 
-def _featurizer_owners(genes: Iterable[Gene], computed: list[tuple[str, ...]]) -> list[int]:
+def _featurizer_owners(genes: Iterable[Gene], needed: list[set[str]]) -> list[int]:
     """For each LIV the index of the one whose featurizer it uses.
 
-    LIVs of a featurizer group have weights in common only where they compute the same feature groups. One
-    that takes all its features from another LIV uses no featurizer at all, and LIVs with the same label that
-    compute different groups (one only B, one only C) have nothing in common: they stay apart. What remains
-    are the connected parts of each label's LIVs, joined by the groups that they compute.
+    LIVs of a featurizer group have weights in common only where they need the same of the featurizer:
+    feature groups that both compute, or a constant such as a kernel. One that needs nothing (it takes all its
+    features from another LIV, and its class has no constants) uses no featurizer; LIVs with the same label
+    that need different things (one only the gate, one only the other factor) have nothing in common and stay
+    apart. What remains are the connected parts of each label's LIVs, joined by what they need.
+
+    Args:
+        genes: of all LIVs.
+        needed: names of what each LIV's featurizer must make for it.
     """
     parts: dict[int, list[tuple[list[int], set[str]]]] = {}
     for index, gene in enumerate(genes):
-        if gene.featurizer_strategy == 1 or not computed[index]:
+        if gene.featurizer_strategy == 1 or not needed[index]:
             continue
-        members, names = [index], set(computed[index])
+        members, names = [index], needed[index]
         apart = []
         for part in parts.get(gene.featurizer_group, []):
-            if part[1] & set(computed[index]):
+            if part[1] & needed[index]:
                 members, names = part[0] + members, part[1] | names
             else:
                 apart.append(part)
         parts[gene.featurizer_group] = [*apart, (members, names)]
-    owners = list(range(len(computed)))
+    owners = list(range(len(needed)))
     for label_parts in parts.values():
         for members, _ in label_parts:
             for index in members:

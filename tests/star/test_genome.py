@@ -256,7 +256,8 @@ class TestCanonical:
             ("11211-22213-11111", "11111-21111-11111"),  # groups of one
             ("91214-91214", "91114-91114"),  # the second takes gate and up, and uses no featurizer
             ("91214-91214-91211", "91214-91114-91211"),  # the first and the third still do
-            ("71118-71218-71211", "71118-71118-71111"),  # the second uses none: the third is alone
+            ("91114-91214-91211", "91114-91114-91111"),  # the second uses none: the third is alone
+            ("71118-71218-71211", "71118-71218-71211"),  # the second takes all, and shares the kernel
             ("11214-11214", "11214-11214"),  # the second takes key and value, and shares its query's weights
         ],
     )
@@ -264,11 +265,13 @@ class TestCanonical:
         assert Genome.parse(text).key == canonical
 
     def test_a_group_without_common_weights_falls_apart(self):
-        # LIV 3 takes B and C and computes the value, LIV 4 takes the value and computes B and C: the same
-        # label, and no weight in common.
-        assert Genome.parse("71115-71124-71215-71224").key == "71115-71124-71115-71124"
-        # LIV 5 computes all three, and joins the two.
-        assert Genome.parse("71115-71124-71215-71224-71211").key == "71115-71124-71215-71224-71211"
+        # LIV 3 takes the gate and computes the other factor, LIV 4 the reverse: the same label, and no weight
+        # in common.
+        assert Genome.parse("91112-91123-91212-91223").key == "91112-91123-91112-91123"
+        # LIV 5 computes both, and joins the two.
+        assert Genome.parse("91112-91123-91212-91223-91211").key == "91112-91123-91212-91223-91211"
+        # Gated convolutions have their kernel in common all the same.
+        assert Genome.parse("71115-71124-71215-71224").key == "71115-71124-71215-71224"
 
     @given(valid_genomes)
     def test_idempotent_valid_and_the_same_model(self, genome):

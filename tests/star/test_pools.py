@@ -76,6 +76,11 @@ class TestClasses:
             plain.layer_arguments,
         )
 
+    @pytest.mark.parametrize("entry", pools.all_classes(), ids=lambda entry: entry.name)
+    def test_layers_make_the_groups_of_their_entry(self, entry):
+        layer = entry.load_layer()
+        assert set(layer.groups) == set(entry.groups)
+
     def test_widths(self):
         def widths(number):
             return {group.name: (group.expansion, group.repeat) for group in pools.get(number).featurizer}

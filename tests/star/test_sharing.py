@@ -17,8 +17,8 @@ from star.sharing import LivPlan, resolve
 def meaning(genome: Genome) -> tuple[object, ...]:
     """The model that a valid genome describes, read from the genes by brute force, without plans.
 
-    Of every LIV: its class; of every feature group, either the LIV it is taken from, or the smallest LIV that
-    makes it with the same weights.
+    Of every LIV: its class; of every feature group and constant, either the LIV it is taken from, or the
+    first LIV that makes it with the same weights.
     """
     genes = genome.genes
     taken: list[dict[str, int]] = []
@@ -34,7 +34,7 @@ def meaning(genome: Genome) -> tuple[object, ...]:
     described = []
     for index, gene in enumerate(genes):
         features = []
-        for name in get(gene.liv_class).groups:
+        for name in get(gene.liv_class).groups + get(gene.liv_class).constants:
             if name in taken[index]:
                 features.append((name, "features", taken[index][name]))
             else:
@@ -135,11 +135,16 @@ class TestExamples:
         assert [plan.featurizer_owner for plan in plans] == [0, 1, 2, 2]
         assert plans[1].computed == plans[1].featurizer_groups == ()
 
-    def test_users_that_compute_different_groups_stay_apart(self):
-        plans = resolve(Genome.parse("71115-71124-71215-71224"))
+    def test_users_that_need_different_groups_stay_apart(self):
+        plans = resolve(Genome.parse("91112-91123-91212-91223"))
         assert [plan.featurizer_owner for plan in plans] == [0, 1, 2, 3]
-        assert plans[2].featurizer_groups == ("value",)
-        assert plans[3].featurizer_groups == ("B", "C")
+        assert plans[2].featurizer_groups == ("up",)
+        assert plans[3].featurizer_groups == ("gate",)
+
+    def test_a_constant_is_shared_where_no_group_is(self):
+        plans = resolve(Genome.parse("71118-71218-71218"))
+        assert [plan.featurizer_owner for plan in plans] == [0, 1, 1]
+        assert plans[1].featurizer_groups == plans[2].featurizer_groups == ()
 
     def test_not_valid(self):
         with pytest.raises(GenomeError, match="gene 2 '21211'"):
@@ -215,6 +220,7 @@ class TestCanonicalMeansSameModel:
         keys = [key for found in by_meaning.values() for key in found]
         assert all(len(found) == 1 for found in by_meaning.values())
         assert len(keys) == len(set(keys))
-        # 4 class pairs, and for equal classes: shared weights, and every feature strategy, alone and with
-        # shared weights where something is left to compute (7 and 6 of the convolution, 3 and 2 of the unit).
-        assert len(keys) == 4 + (1 + 7 + 6) + (1 + 3 + 2)
+        # 2 pairs of equal classes and 2 of different ones that share nothing, and for equal classes: shared
+        # weights, and every feature strategy, alone and with shared weights where there are any (7 and 7 of
+        # the convolution with its kernel, 3 and 2 of the unit).
+        assert len(keys) == 4 + (1 + 7 + 7) + (1 + 3 + 2)
