@@ -46,7 +46,7 @@ class LayerCache:
         aliased: names of the tensors that belong to another layer's cache, which writes them.
         position: tokens read so far.
         derived: tensors computed once from the layer's weights (the kernel of a long convolution); no memory
-            of the tokens, so not part of :attr:`nbytes`.
+            of the tokens, so not part of :attr:`nbytes`. A cache is of no use after its weights have changed.
     """
 
     tensors: dict[str, Tensor]
@@ -100,6 +100,12 @@ class LayerCache:
         if name not in self.aliased:
             tensor[:, self.position : end] = new
         return tensor[:, :end].to(new.dtype)
+
+    def derive(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """What ``compute`` makes of the layer's weights, made once and kept in ``derived``."""
+        if name not in self.derived:
+            self.derived[name] = compute()
+        return self.derived[name]
 
     @property
     def nbytes(self) -> int:

@@ -20,7 +20,7 @@ from star_kernels.layers.rotary import rotary_tables
 from star_kernels.norm import rope
 
 GROUPS = ("key", "query", "value")
-"""In this order every choice that includes the queries lies side by side, and keys and queries turn at once."""
+"""In this order every choice with the queries lies side by side, and keys and queries turn at once."""
 
 
 class AttentionFeaturizer(nn.Module):
@@ -100,13 +100,14 @@ class Attention(LivLayer):
     State dict: ``featurizer.projection.weight`` ((H + 2 Hkv) Dh, D), rows in the order keys, queries, values;
     ``featurizer.taps`` with short convolutions; ``output.weight`` (D, D).
 
-    Initialisation: projections N(0, 1/D); convolutions near the identity (last tap 1, all with noise of 0.02);
-    output N(0, 1 / (D · residual_layers)).
+    Initialisation: projections N(0, 1/D); convolutions near the identity (last tap 1, all with noise of
+    0.02); output N(0, 1 / (D · residual_layers)).
 
-    Cache: keys and values (B, max_length, Hkv, Dh) each, after convolution and rotary; with short convolutions
-    the last kernel_size - 1 projections of the groups that the layer makes itself.
+    Cache: ``key`` and ``value`` (B, max_length, Hkv, Dh), after convolution and rotary; with short
+    convolutions ``tail``, the last kernel_size - 1 projections of the groups that the layer makes itself.
     """
 
+    featurizer: AttentionFeaturizer
     groups = GROUPS
     halves = 1
 
@@ -185,11 +186,12 @@ class DiffAttention(Attention):
     """Differential attention: (softmax(q1·k1) - λ softmax(q2·k2)) v (Diff Transformer, arXiv 2410.05258).
 
     Every head's queries and keys are two halves of Dh / 2 channels, over one common value of Dh channels, so
-    that it has the weights of :class:`Attention`; rotary positions turn each half. λ is learned for every head
-    and starts at ``lambda_init``; Diff Transformer's norm of the heads is left out: the difference alone is the
-    operator.
+    that it has the weights of :class:`Attention`; rotary positions turn each half. λ is learned for every
+    head and starts at ``lambda_init``; Diff Transformer's norm of the heads is left out: the difference alone
+    is the operator.
 
-    Args, cache and initialisation: as :class:`Attention`, with Dh a multiple of 4. State dict: also ``lam`` (H,).
+    Args, cache and initialisation: as :class:`Attention`, with Dh a multiple of 4. State dict: also ``lam``
+    (H,).
     """
 
     halves = 2
@@ -231,7 +233,7 @@ class DiffAttention(Attention):
         return diff_attention(q1, k1, q2, k2, value, self.lam)
 
     def materialize(self, x: Tensor, given: Mapping[str, Tensor] | None = None) -> Tensor:
-        """T (B, H, L, L): the difference of two causal softmax matrices, of ranks Dh / 2 before the softmax."""
+        """T (B, H, L, L): the difference of two causal softmax matrices, of rank Dh / 2 before it."""
         features = self.featurize(x, given=given)
         q1, q2 = features["query"].chunk(2, dim=-1)
         k1, k2 = features["key"].chunk(2, dim=-1)

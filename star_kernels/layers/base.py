@@ -96,9 +96,8 @@ class LivLayer(nn.Module):
         names = tuple(name for name in self.groups if name not in given)
         if len(names) + len(given) != len(self.groups):
             strange = next(name for name in given if name not in self.groups)
-            raise ValueError(
-                f"{type(self).__name__}: given has {strange!r}; it takes groups out of {', '.join(self.groups)}"
-            )
+            known = ", ".join(self.groups)
+            raise ValueError(f"{type(self).__name__}: given has {strange!r}; it takes groups out of {known}")
         return {**self.featurizer(x, names, cache), **given} if names else dict(given)
 
     def mix(self, features: Features, cache: LayerCache | None = None) -> Tensor:
@@ -117,10 +116,10 @@ class LivLayer(nn.Module):
 
         Applied to the values it gives the layer's output before the output projection::
 
-            operate(f)[b, i, m] = Σ_j T[b, m, i, j] · f[values][b, j, m]        with f = featurize(x, given=given)
+            operate(f)[b, i, m] = Σ_j T[b, m, i, j] · f[values][b, j, m]
 
-        where m is a channel, or a head with all its channels (query head m reads the values' head
-        m // repeat).
+        where f is ``featurize(x, given=given)`` and m a channel, or a head with all its channels (query head
+        m reads the values' head m // repeat).
         """
         raise NotImplementedError(f"{type(self).__name__} does not define materialize")
 

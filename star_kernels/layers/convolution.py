@@ -1,7 +1,7 @@
 """Gated convolutions with short explicit and long implicit kernels, and their differential variants.
 
-y = C ⊙ (K * (B ⊙ v)): a scaled Toeplitz operator. Classes GConv-1 (LFM2, arXiv 2511.23404) and GConv-2 (Hyena,
-arXiv 2302.10866) of STAR.
+y = C ⊙ (K * (B ⊙ v)): a scaled Toeplitz operator. Classes GConv-1 (LFM2, arXiv 2511.23404) and GConv-2
+(Hyena, arXiv 2302.10866) of STAR.
 """
 
 from __future__ import annotations
@@ -21,27 +21,26 @@ GROUPS = ("B", "C", "value")
 
 
 class GatedConvFeaturizer(nn.Module):
-    """Makes the gates B and C and the value, (B, L, D) each, from x, and holds the kernel.
+    """Makes the gates B and C and the value, (B, L, D) each, from x; a subclass holds the kernel.
 
     A differential operator's gates are (B, L, 2D): those of the first half, then those of the second.
 
-    State dict: ``projection.weight``, rows B, C, value; the kernel as ``kernel`` (explicit, (halves · D, K))
-    or ``kernel.*`` (:class:`ImplicitKernel` of halves · D channels).
+    State dict: ``projection.weight``, rows B, C, value.
     """
 
     def __init__(
         self,
         dim: int,
-        widths: Mapping[str, int],
-        kernel: nn.Parameter | ImplicitKernel,
+        groups: Sequence[str],
+        halves: int,
         *,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        widths = {name: dim if name == "value" else halves * dim for name in groups}
         # A featurizer whose layer takes every group from another one has nothing to project.
         self.projection = GroupProjection(dim, widths, device=device, dtype=dtype) if widths else None
-        self.kernel = kernel
 
     def forward(self, x: Tensor, names: Sequence[str], cache: LayerCache | None = None) -> Features:
         """The named groups."""
@@ -50,31 +49,56 @@ class GatedConvFeaturizer(nn.Module):
         return self.projection(x, names)
 
 
+class ShortConvFeaturizer(GatedConvFeaturizer):
+    """With an explicit kernel: ``kernel`` (halves · D, K), drawn from N(0, 1/K): filters of unit norm."""
+
+    def __init__(
+        self,
+        dim: int,
+        groups: Sequence[str],
+        halves: int,
+        kernel_size: int,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(dim, groups, halves, device=device, dtype=dtype)
+        taps = torch.empty(halves * dim, kernel_size, device=device, dtype=dtype)
+        self.kernel = nn.Parameter(nn.init.normal_(taps, std=kernel_size**-0.5))
+
+
+class LongConvFeaturizer(GatedConvFeaturizer):
+    """With an implicit kernel: ``kernel.*``, an :class:`ImplicitKernel` of halves · D channels."""
+
+    def __init__(
+        self,
+        dim: int,
+        groups: Sequence[str],
+        halves: int,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(dim, groups, halves, device=device, dtype=dtype)
+        self.kernel = ImplicitKernel(halves * dim, device=device, dtype=dtype)
+
+
 class GatedConv(LivLayer):
     """What the gated convolutions have in common; a subclass has the kernel and its cache."""
 
+    lam: nn.Parameter
     groups = GROUPS
     halves = 1
 
     def __init__(
         self,
         dim: int,
-        kernel: nn.Parameter | ImplicitKernel | None,
         *,
         residual_layers: int,
-        groups: Sequence[str] | None,
-        featurizer: nn.Module | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__(dim)
-        own = None
-        if kernel is not None:
-            made = made_groups(type(self).__name__, GROUPS, groups)
-            gates = self.halves * dim
-            widths = {name: dim if name == "value" else gates for name in made}
-            own = GatedConvFeaturizer(dim, widths, kernel, device=device, dtype=dtype)
-        self._set_featurizer(own, featurizer)
         self.output = OutputProjection(dim, dim, residual_layers=residual_layers, device=device, dtype=dtype)
 
     def _toeplitz(self, length: int) -> Tensor:
@@ -90,14 +114,6 @@ class GatedConv(LivLayer):
             return matrix
         first, second = matrix.chunk(2, dim=1)
         return first - self.lam * second
-
-
-def explicit_kernel(
-    channels: int, kernel_size: int, device: torch.device | str | None, dtype: torch.dtype | None
-) -> nn.Parameter:
-    """Taps (channels, kernel_size) from N(0, 1 / kernel_size): filters of unit norm."""
-    taps = torch.empty(channels, kernel_size, device=device, dtype=dtype)
-    return nn.Parameter(nn.init.normal_(taps, std=kernel_size**-0.5))
 
 
 class GatedShortConv(GatedConv):
@@ -119,6 +135,8 @@ class GatedShortConv(GatedConv):
     Cache: ``tail`` (B, K - 1, D), the last products B ⊙ v.
     """
 
+    featurizer: ShortConvFeaturizer
+
     def __init__(
         self,
         dim: int,
@@ -130,20 +148,15 @@ class GatedShortConv(GatedConv):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        require_positive(type(self).__name__, dim=dim, kernel_size=kernel_size)
-        kernel = None
-        if featurizer is None:
-            kernel = explicit_kernel(self.halves * dim, kernel_size, device, dtype)
-        super().__init__(
-            dim,
-            kernel,
-            residual_layers=residual_layers,
-            groups=groups,
-            featurizer=featurizer,
-            device=device,
-            dtype=dtype,
-        )
+        owner = type(self).__name__
+        super().__init__(dim, residual_layers=residual_layers, device=device, dtype=dtype)
+        require_positive(owner, kernel_size=kernel_size)
         self.kernel_size = kernel_size
+        own = None
+        if featurizer is None:
+            made = made_groups(owner, GROUPS, groups)
+            own = ShortConvFeaturizer(dim, made, self.halves, kernel_size, device=device, dtype=dtype)
+        self._set_featurizer(own, featurizer)
 
     def operate(self, features: Features, cache: LayerCache | None = None) -> Tensor:
         """C ⊙ conv(B ⊙ v), (B, L, D)."""
@@ -162,7 +175,7 @@ class GatedShortConv(GatedConv):
 class DiffGatedShortConv(GatedShortConv):
     """C_a ⊙ conv_a(B_a ⊙ v) - λ C_b ⊙ conv_b(B_b ⊙ v), over one common value (STAR's GConv-1-Diff).
 
-    Args and initialisation: as :class:`GatedShortConv`; λ is one learned number and starts at ``lambda_init``.
+    Args and initialisation: as :class:`GatedShortConv`; λ is one learned number, at first ``lambda_init``.
     State dict: ``featurizer.projection.weight`` (5D, D), rows B_a, B_b, C_a, C_b, value;
     ``featurizer.kernel`` (2D, K); ``lam`` (); ``output.weight``. Cache: ``tail_a``, ``tail_b``.
     """
@@ -229,6 +242,8 @@ class GatedLongConv(GatedConv):
     Cache: ``history`` (B, max_length, D), all products B ⊙ v; the kernel's entries are computed once a cache.
     """
 
+    featurizer: LongConvFeaturizer
+
     def __init__(
         self,
         dim: int,
@@ -239,28 +254,20 @@ class GatedLongConv(GatedConv):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        require_positive(type(self).__name__, dim=dim)
-        kernel = None
+        super().__init__(dim, residual_layers=residual_layers, device=device, dtype=dtype)
+        own = None
         if featurizer is None:
-            kernel = ImplicitKernel(self.halves * dim, device=device, dtype=dtype)
-        super().__init__(
-            dim,
-            kernel,
-            residual_layers=residual_layers,
-            groups=groups,
-            featurizer=featurizer,
-            device=device,
-            dtype=dtype,
-        )
+            made = made_groups(type(self).__name__, GROUPS, groups)
+            own = LongConvFeaturizer(dim, made, self.halves, device=device, dtype=dtype)
+        self._set_featurizer(own, featurizer)
         self.skip = nn.Parameter(torch.ones(self.halves * dim, device=device, dtype=dtype))
 
     def _kernel(self, length: int, cache: LayerCache | None) -> Tensor:
         """The kernel for this call: of its length, or the cache's, evaluated when it is first asked for."""
+        kernel = self.featurizer.kernel
         if cache is None:
-            return self.featurizer.kernel(length)
-        if "kernel" not in cache.derived:
-            cache.derived["kernel"] = self.featurizer.kernel(cache.max_length)
-        return cache.derived["kernel"]
+            return kernel(length)
+        return cache.derive("kernel", lambda: kernel(cache.max_length))
 
     def operate(self, features: Features, cache: LayerCache | None = None) -> Tensor:
         """C ⊙ (K * (B ⊙ v) + skip ⊙ B ⊙ v), (B, L, D)."""
@@ -280,7 +287,7 @@ class GatedLongConv(GatedConv):
 class DiffGatedLongConv(GatedLongConv):
     """The difference of two gated long convolutions over one common value (STAR's GConv-2-Diff).
 
-    Args and initialisation: as :class:`GatedLongConv`; λ is one learned number and starts at ``lambda_init``.
+    Args and initialisation: as :class:`GatedLongConv`; λ is one learned number, at first ``lambda_init``.
     State dict: ``featurizer.projection.weight`` (5D, D), rows B_a, B_b, C_a, C_b, value;
     ``featurizer.kernel.*`` (one network of time, 2D kernels); ``skip`` (2D,); ``lam`` (); ``output.weight``.
     Cache: ``history_a``, ``history_b``.

@@ -13,7 +13,7 @@ class GroupProjection(nn.Linear):
     """Projects x to several feature groups with one matrix product.
 
     The weight's rows are the groups, one below the other in the order of ``widths``, so a module that makes
-    only some of them for one caller multiplies only their rows. Groups that lie side by side cost one product.
+    only some of them for one caller multiplies only their rows. Groups side by side cost one product.
 
     Args:
         dim: width of the input.

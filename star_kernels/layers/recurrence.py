@@ -1,4 +1,4 @@
-"""Gated input-varying recurrences: Mamba's selective state space (arXiv 2312.00752), and its differential variant.
+"""Gated input-varying recurrences: Mamba's selective state space (arXiv 2312.00752), plain and differential.
 
 h_t = exp(Δ_t A) ⊙ h_{t-1} + Δ_t v_t B_t, y_t = C_t·h_t: a sequentially semi-separable operator. Classes Rec-1
 and Rec-2 of STAR; expansion 1, so the recurrence is as wide as the model.
@@ -29,9 +29,9 @@ class SelectiveFeaturizer(nn.Module):
     The value is silu(conv(first projection)); B, C and Δ are made of the value, as in Mamba. A differential
     operator has all but value and gate twice: B and C are (B, L, 2N), the step sizes "delta" and "delta_b".
 
-    State dict, h halves, R = dt_rank: ``projection.weight`` (2D, D), rows value, gate; ``taps`` (D, K) and
-    ``taps_bias`` (D,); ``selection.weight``, rows B (hN), Δ (hR), C (hN), on the value; ``dt_weight`` (hD, R);
-    ``dt_bias`` (hD,); ``A_log`` (hD, N), A = -exp(A_log).
+    State dict, with h halves and R = dt_rank: ``projection.weight`` (2D, D), rows value, gate; ``taps``
+    (D, K) and ``taps_bias`` (D,); ``selection.weight``, rows B (hN), Δ (hR), C (hN), applied to the value;
+    ``dt_weight`` (hD, R); ``dt_bias`` (hD,); ``A_log`` (hD, N), A = -exp(A_log).
     """
 
     def __init__(
@@ -48,23 +48,27 @@ class SelectiveFeaturizer(nn.Module):
     ) -> None:
         super().__init__()
         self.halves = halves
-        place: dict[str, torch.device | str | torch.dtype | None] = {"device": device, "dtype": dtype}
         all_widths = {"B": halves * state_size, "delta": halves * dt_rank, "C": halves * state_size}
         widths = {name: width for name, width in all_widths.items() if name in groups or name == "delta"}
         self.projection = GroupProjection(dim, {"value": dim, "gate": dim}, device=device, dtype=dtype)
         self.selection = GroupProjection(dim, widths, device=device, dtype=dtype)
-        self.taps = nn.Parameter(torch.empty(dim, conv_kernel, **place))  # type: ignore[arg-type]
-        self.taps_bias = nn.Parameter(torch.zeros(dim, **place))  # type: ignore[arg-type]
-        self.dt_weight = nn.Parameter(torch.empty(halves * dim, dt_rank, **place))  # type: ignore[arg-type]
-        self.dt_bias = nn.Parameter(torch.empty(halves * dim, **place))  # type: ignore[arg-type]
-        self.A_log = nn.Parameter(torch.empty(halves * dim, state_size, **place))  # type: ignore[arg-type]
+
+        def weight(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.taps = weight(dim, conv_kernel)
+        self.taps_bias = weight(dim)
+        self.dt_weight = weight(halves * dim, dt_rank)
+        self.dt_bias = weight(halves * dim)
+        self.A_log = weight(halves * dim, state_size)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Mamba's initial values (the projections draw their own)."""
-        nn.init.uniform_(self.taps, -(self.taps.shape[1] ** -0.5), self.taps.shape[1] ** -0.5)
-        nn.init.uniform_(self.dt_weight, -(self.dt_weight.shape[1] ** -0.5), self.dt_weight.shape[1] ** -0.5)
+        for weight in (self.taps, self.dt_weight):
+            nn.init.uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
+        nn.init.zeros_(self.taps_bias)
         # Step sizes spread from 0.001 to 0.1, evenly in the logarithm; the bias is softplus' inverse of them.
         step = self.dt_bias.uniform_(math.log(SHORTEST_STEP), math.log(LONGEST_STEP)).exp_()
         self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
@@ -95,7 +99,8 @@ class SelectiveSSM(LivLayer):
         conv_kernel: taps of the convolution before the recurrence.
         dt_rank: rank R of the projection to step sizes; by default D / 16, rounded up.
         residual_layers: layers that add to the same residual stream; scales the output's initial weights.
-        groups: feature groups the featurizer makes; of "B", "delta", "value", "C" only B and C can be left out.
+        groups: feature groups the featurizer makes; by default all of "B", "delta", "value", "C". Only B and
+            C can be left out.
         featurizer: another such layer's, to be used instead of an own one.
         device, dtype: of the weights.
 
@@ -108,6 +113,7 @@ class SelectiveSSM(LivLayer):
     Cache: ``tail`` (B, conv_kernel - 1, D), ``state`` (B, D, N) float32.
     """
 
+    featurizer: SelectiveFeaturizer
     groups = GROUPS
     halves = 1
 
@@ -151,7 +157,7 @@ class SelectiveSSM(LivLayer):
         return stateful.selective_scan(
             features["value"],
             features["delta"],
-            _rates(self.featurizer.A_log),
+            _rates(self.featurizer.A_log, cache),
             features["B"],
             features["C"],
             self.skip,
@@ -184,8 +190,8 @@ class SelectiveSSM(LivLayer):
 class DiffSelectiveSSM(SelectiveSSM):
     """The difference of two selective scans over one common value, scan_a(v) - λ scan_b(v), then the gate.
 
-    Args and initialisation: as :class:`SelectiveSSM`; λ is one learned number and starts at ``lambda_init``.
-    The skip belongs to the first half. State dict: also ``lam`` (). Cache: ``tail``, ``state_a``, ``state_b``.
+    Args and initialisation: as :class:`SelectiveSSM`; λ is one learned number, at first ``lambda_init``. The
+    skip belongs to the first half. State dict: also ``lam`` (). Cache: ``tail``, ``state_a``, ``state_b``.
     """
 
     halves = 2
@@ -220,7 +226,7 @@ class DiffSelectiveSSM(SelectiveSSM):
     def operate(self, features: Features, cache: LayerCache | None = None) -> Tensor:
         """The difference of the two scans, gated by silu(gate), (B, L, D)."""
         value, gate = features["value"], features["gate"]
-        rates = _rates(self.featurizer.A_log)
+        rates = _rates(self.featurizer.A_log, cache)
         first, second = (
             stateful.selective_scan(value, delta, A, B, C, skip, gate, bias, cache=cache, name=name)
             for delta, A, B, C, skip, bias, name in zip(
@@ -260,8 +266,10 @@ class DiffSelectiveSSM(SelectiveSSM):
         return gate * (first + skip - self.lam * second)
 
 
-def _rates(A_log: Tensor) -> Tensor:
+def _rates(A_log: Tensor, cache: LayerCache | None) -> Tensor:
     """A = -exp(A_log), in float32 at least: half precision would blur the slow states."""
+    if cache is not None:
+        return cache.derive("A", lambda: _rates(A_log, None))
     return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 
 

@@ -23,6 +23,9 @@ def short_conv(
     if cache is None:
         return cast(Tensor, convolution.short_conv(x, weight, bias, activation=activation))
     state = cache.tensors[name]
+    if x.shape[1] == 1 and state.dtype == x.dtype:
+        y = convolution.short_conv_step(x[:, 0], state, weight, bias, activation=activation)
+        return y.unsqueeze(1)
     y, final = convolution.short_conv(
         x, weight, bias, activation=activation, initial_state=state, return_final_state=True
     )
@@ -37,6 +40,8 @@ def gated_short_conv(
     if cache is None:
         return cast(Tensor, convolution.gated_short_conv(b, c, x, weight))
     state = cache.tensors[name]
+    if x.shape[1] == 1 and state.dtype == x.dtype:
+        return convolution.gated_short_conv_step(b[:, 0], c[:, 0], x[:, 0], state, weight).unsqueeze(1)
     y, final = convolution.gated_short_conv(b, c, x, weight, initial_state=state, return_final_state=True)
     state.copy_(final)
     return y
@@ -52,9 +57,16 @@ def gated_long_conv(
     cache: LayerCache | None = None,
     name: str = "history",
 ) -> Tensor:
-    """:func:`star_kernels.gated_long_conv` over the products b ⊙ x in ``cache.tensors[name]`` and the new ones."""
+    """:func:`star_kernels.gated_long_conv` after the products b ⊙ x in ``cache.tensors[name]``."""
     if cache is None:
         return convolution.gated_long_conv(b, c, x, kernel, skip)
+    history = cache.tensors[name]
+    if x.shape[1] == 1 and history.dtype == x.dtype:
+        # An aliased history gets the very products that its owner wrote.
+        y = convolution.gated_long_conv_step(
+            b[:, 0], c[:, 0], x[:, 0], history, kernel, skip, position=cache.position
+        )
+        return y.unsqueeze(1)
     products = cache.extend(name, b * x)
     return c * convolution.long_conv(products, kernel, skip)[:, cache.position :]
 
