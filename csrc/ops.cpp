@@ -29,6 +29,29 @@ STABLE_TORCH_LIBRARY(star_kernels, m) {
   m.def(
       "gated_short_conv_step(Tensor b, Tensor c, Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias) "
       "-> Tensor");
+  m.def("long_conv(Tensor x, Tensor kernel, Tensor? skip) -> Tensor");
+  m.def(
+      "long_conv_backward(Tensor dy, Tensor x, Tensor kernel, Tensor? skip) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "long_conv_step(Tensor x, Tensor(a!) history, Tensor kernel, Tensor? skip, int position) -> Tensor");
+  m.def("gated_long_conv(Tensor b, Tensor c, Tensor x, Tensor kernel, Tensor? skip) -> Tensor");
+  m.def(
+      "gated_long_conv_backward(Tensor dy, Tensor b, Tensor c, Tensor x, Tensor kernel, Tensor? skip) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "gated_long_conv_step(Tensor b, Tensor c, Tensor x, Tensor(a!) history, Tensor kernel, Tensor? skip, "
+      "int position) -> Tensor");
+
+  // memoryless
+  m.def("glu(Tensor gate, Tensor up, int activation) -> Tensor");
+  m.def("glu_backward(Tensor dy, Tensor gate, Tensor up, int activation) -> (Tensor, Tensor)");
+
+  // norm
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("rms_norm_residual(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "rms_norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def("rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor");
 }
 
 static torch::stable::Tensor empty_operator(torch::stable::Tensor x) { return x; }

@@ -9,6 +9,8 @@ from star_kernels.contracts import Contract, autocast_together
 from star_kernels.memoryless import reference
 
 dispatch.register("glu", "reference", reference.glu)
+if dispatch.load_compiled():
+    from star_kernels.memoryless import compiled as compiled
 
 
 def glu(gate: Tensor, up: Tensor, activation: str = "silu", *, backend: str | None = None) -> Tensor:

@@ -11,6 +11,8 @@ from star_kernels.norm import reference
 
 for _name in ("rms_norm", "rope"):
     dispatch.register(_name, "reference", getattr(reference, _name))
+if dispatch.load_compiled():
+    from star_kernels.norm import compiled as compiled
 
 
 def rms_norm(
