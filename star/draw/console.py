@@ -54,8 +54,8 @@ def _costs(genome: Genome, config: ModelConfig) -> str:
     parameters = cost.parameters(genome, config)
     cache = cost.cache_bytes(genome, config, length=4096)
     return (
-        f"width {config.width}: {parameters:,} parameters, {cache:,} B of cache "
-        f"for 4,096 tokens (bfloat16), without embeddings and norms"
+        f"width {config.width}: {parameters:,} parameters (no embeddings, norms, biases)\n"
+        f"  cache at 4,096 tokens in bfloat16: {cache:,} bytes"
     )
 
 

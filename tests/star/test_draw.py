@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from star import draw, pools
+from star import ModelConfig, baselines, draw, pools
 from star.draw.arcs import Arc, feature_arcs, featurizer_arcs, lanes
 from star.genome import Genome, GenomeError
 from star.sharing import resolve
@@ -119,6 +119,13 @@ class TestTerminal:
             " 2  GMemless   91111",
             "",
             "  ■ attention 1   ■ memoryless 1",
+        ]
+
+    def test_costs_at_a_width(self):
+        lines = shown(draw.terminal(baselines.transformer_pp(24), ModelConfig(width=768)))
+        assert lines[-2:] == [
+            "  width 768: 84,934,656 parameters (no embeddings, norms, biases)",
+            "  cache at 4,096 tokens in bfloat16: 150,994,944 bytes",
         ]
 
     def test_ascii_terminals(self):
