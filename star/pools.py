@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -307,6 +306,8 @@ def _load_plugins() -> None:
     global _plugins_loaded
     if _plugins_loaded:
         return
+    from importlib.metadata import entry_points  # slow to import, and only classes need it
+
     _plugins_loaded = True  # first, so that a plugin may itself ask for classes while it loads
     for point in entry_points(group=ENTRY_POINT_GROUP):
         loaded = point.load()

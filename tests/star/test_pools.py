@@ -198,10 +198,12 @@ class TestRegister:
 
         one, two, three = new_class(), new_class(id=21, name="Two"), new_class(id=22, name="Three")
         monkeypatch.setattr(pools, "_plugins_loaded", False)
-        monkeypatch.setattr(pools, "entry_points", lambda group: [Point(one), Point([two, three])])
+        monkeypatch.setattr(
+            "importlib.metadata.entry_points", lambda group: [Point(one), Point([two, three])]
+        )
         assert [entry.id for entry in pools.all_classes()][-3:] == [20, 21, 22]
         monkeypatch.setattr(pools, "_plugins_loaded", False)
-        monkeypatch.setattr(pools, "entry_points", lambda group: [Point(["text"])])
+        monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [Point(["text"])])
         with pytest.raises(TypeError, match=r"entry point 'mine' of 'star.liv' gives str, takes LivClass"):
             pools.all_classes()
 
