@@ -23,6 +23,7 @@ from star.sampling import sample
 from star.sharing import LivPlan, resolve
 from star_kernels.cache import ModelCache
 from star_kernels.layers import LivLayer, RMSNorm
+from star_kernels.layers.initial import normal_
 
 EMBEDDING_STD = 0.02
 
@@ -220,7 +221,7 @@ def _seeded(seed: int, device: torch.device | str | None) -> Iterator[None]:
 
 class _Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=EMBEDDING_STD)
+        normal_(self.weight, EMBEDDING_STD)
 
 
 # --------------------------------------------------------------------------------------------------------

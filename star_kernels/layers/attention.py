@@ -15,6 +15,7 @@ from star_kernels.attention import attention, diff_attention
 from star_kernels.cache import CacheTensor, LayerCache
 from star_kernels.layers import stateful
 from star_kernels.layers.base import Features, LivLayer, made_groups, require_positive
+from star_kernels.layers.initial import normal_
 from star_kernels.layers.projection import GroupProjection, OutputProjection
 from star_kernels.layers.rotary import rotary_tables
 from star_kernels.norm import rope
@@ -248,8 +249,7 @@ def _weights(query: Tensor, key: Tensor) -> Tensor:
     return scores.masked_fill(future, float("-inf")).softmax(dim=-1)
 
 
+@torch.no_grad()
 def _near_identity_(taps: Tensor) -> Tensor:
-    nn.init.normal_(taps, std=0.02)
-    with torch.no_grad():
-        taps[:, -1] += 1
+    normal_(taps, 0.02)[:, -1] += 1
     return taps

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from star_kernels.cache import CacheTensor, LayerCache
 from star_kernels.layers import stateful
 from star_kernels.layers.base import Features, LivLayer, made_groups, require_positive
+from star_kernels.layers.initial import normal_
 from star_kernels.layers.kernel import ImplicitKernel
 from star_kernels.layers.projection import GroupProjection, OutputProjection
 
@@ -64,7 +65,7 @@ class ShortConvFeaturizer(GatedConvFeaturizer):
     ) -> None:
         super().__init__(dim, groups, halves, device=device, dtype=dtype)
         taps = torch.empty(halves * dim, kernel_size, device=device, dtype=dtype)
-        self.kernel = nn.Parameter(nn.init.normal_(taps, std=kernel_size**-0.5))
+        self.kernel = nn.Parameter(normal_(taps, kernel_size**-0.5))
 
 
 class LongConvFeaturizer(GatedConvFeaturizer):

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from star_kernels.layers.initial import normal_, uniform_
+
 BANDS = 8
 HIDDEN = 32
 SHORTEST_PERIOD, LONGEST_PERIOD = 4.0, 4096.0
@@ -56,8 +58,8 @@ class ImplicitKernel(nn.Module):
 
 class _Sines(nn.Linear):
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=2 * self.in_features**-0.5)
-        nn.init.uniform_(self.bias, -math.pi, math.pi)
+        normal_(self.weight, 2 * self.in_features**-0.5)
+        uniform_(self.bias, -math.pi, math.pi)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sin(F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype)))
@@ -66,7 +68,7 @@ class _Sines(nn.Linear):
 class _Sum(nn.Linear):
     def reset_parameters(self) -> None:
         # A sine of a random phase has variance 1/2.
-        nn.init.normal_(self.weight, std=(self.in_features / 2) ** -0.5)
+        normal_(self.weight, (self.in_features / 2) ** -0.5)
 
 
 def _time_features(time: Tensor) -> Tensor:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from star_kernels.layers.initial import normal_
 
 
 class GroupProjection(nn.Linear):
@@ -32,12 +35,12 @@ class GroupProjection(nn.Linear):
     ) -> None:
         self.widths = dict(widths)
         super().__init__(dim, sum(widths.values()), bias=False, device=device, dtype=dtype)
-        ends = torch.tensor([0, *widths.values()], device="cpu").cumsum(0).tolist()
-        self._rows = {name: (ends[place], ends[place + 1]) for place, name in enumerate(widths)}
+        ends = list(accumulate(widths.values()))
+        self._rows = {name: (end - widths[name], end) for name, end in zip(widths, ends, strict=True)}
 
     def reset_parameters(self) -> None:
         """Draws the weight from N(0, 1 / dim)."""
-        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+        normal_(self.weight, self.in_features**-0.5)
 
     def rows(self, names: Sequence[str]) -> slice:
         """The rows of groups that lie side by side, given in their order.
@@ -98,4 +101,4 @@ class OutputProjection(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draws the weight from N(0, 1 / (width · residual_layers))."""
-        nn.init.normal_(self.weight, std=(self.in_features * self.residual_layers) ** -0.5)
+        normal_(self.weight, (self.in_features * self.residual_layers) ** -0.5)

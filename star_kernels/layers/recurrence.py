@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from star_kernels.cache import CacheTensor, LayerCache
 from star_kernels.layers import stateful
 from star_kernels.layers.base import Features, LivLayer, made_groups, require_positive
+from star_kernels.layers.initial import uniform_
 from star_kernels.layers.projection import GroupProjection, OutputProjection
 
 GROUPS = ("B", "delta", "value", "C")
@@ -66,11 +67,13 @@ class SelectiveFeaturizer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Mamba's initial values (the projections draw their own)."""
+        if self.taps.is_meta:
+            return
         for weight in (self.taps, self.dt_weight):
-            nn.init.uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
+            uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
         nn.init.zeros_(self.taps_bias)
         # Step sizes spread from 0.001 to 0.1, evenly in the logarithm; the bias is softplus' inverse of them.
-        step = self.dt_bias.uniform_(math.log(SHORTEST_STEP), math.log(LONGEST_STEP)).exp_()
+        step = uniform_(self.dt_bias, math.log(SHORTEST_STEP), math.log(LONGEST_STEP)).exp()
         self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
         rates = torch.arange(1, self.A_log.shape[1] + 1, device=self.A_log.device, dtype=torch.float32)
         self.A_log.copy_(rates.log().expand_as(self.A_log))
