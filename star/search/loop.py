@@ -139,8 +139,9 @@ def assess(
 ) -> Iterator[Evaluation]:
     """The evaluation of each request: first those in the record, then the others as they are trained."""
     new: dict[int, Request] = {}
+    recorded_ids = {evaluation.id: evaluation for evaluation in record.values()}
     for request in requests:
-        stored = record.get(request.genome.key)
+        stored = record.get(request.genome.key) or recorded_ids.get(request.id)
         if stored is None:
             new[request.id] = request
         else:

@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 from star.search.errors import DiskFull, RunError
 from star.search.events import CandidateStarted, Listener, WorkerLost, ignore
+from star.search.results import failure
 
 __all__ = ["ATTEMPTS", "Engine", "LocalEngine", "Task", "lost_twice"]
 
@@ -66,7 +67,7 @@ class Engine(Protocol):
 
 def lost_twice(reason: str) -> dict[str, Any]:
     """The answer for a candidate that has taken `ATTEMPTS` workers with it."""
-    return {"status": "failed", "reason": f"its worker died {ATTEMPTS} times, last: {reason}"}
+    return failure(f"its worker died {ATTEMPTS} times, last: {reason}")
 
 
 class LocalEngine:
