@@ -27,6 +27,7 @@ COMMON_FLAGS = [
     "-fvisibility=hidden",
     "-Wall",
     "-Wno-unknown-pragmas",
+    "-Wno-psabi",
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
 ]
 # What lets loops vectorise without giving up NaN, infinities or the order of sums.
@@ -94,7 +95,7 @@ def escape(path: Path | str) -> str:
 
 
 def write_ninja(folder: Path, target: Path) -> None:
-    """Writes build.ninja: one object a torch-side source, one a kernels.cpp and level, one shared object."""
+    """Writes build.ninja: one object a torch-side source, one a *kernels.cpp and level, one shared object."""
     includes, libraries = torch_folders()
     include_flags = " ".join(f'-isystem "{path}"' for path in [*includes, sysconfig.get_path("include")])
     level_flags = levels()
@@ -122,10 +123,10 @@ def write_ninja(folder: Path, target: Path) -> None:
         lines.append(f"  level = {level}")
 
     csrc = ROOT / "csrc"
-    torch_side = [csrc / "ops.cpp", csrc / "common" / "level.cpp", *sorted(csrc.glob("*/cpu.cpp"))]
+    torch_side = [csrc / "ops.cpp", csrc / "common" / "level.cpp", *sorted(csrc.glob("*/*cpu.cpp"))]
     for source in torch_side:
         compile_one(source, f"{source.parent.name}_{source.stem}", include_flags)
-    for source in sorted(csrc.glob("*/kernels.cpp")):
+    for source in sorted(csrc.glob("*/*kernels.cpp")):
         for level, flags in level_flags.items():
             extra = " ".join([*KERNEL_FLAGS, *flags, f"-DSTAR_LEVEL={level}"])
             compile_one(source, f"{source.parent.name}_{source.stem}_{level}", extra, f"({level})")

@@ -52,6 +52,25 @@ STABLE_TORCH_LIBRARY(star_kernels, m) {
   m.def(
       "rms_norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor");
+
+  // recurrence
+  m.def(
+      "linear_scan(Tensor decay, Tensor x, Tensor? initial_state, Tensor? cu_seqlens) -> (Tensor, Tensor)");
+  m.def(
+      "linear_scan_backward(Tensor dh, Tensor? dfinal_state, Tensor decay, Tensor h, Tensor? initial_state, "
+      "Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)");
+  m.def("linear_scan_step(Tensor decay, Tensor x, Tensor(a!) state) -> Tensor");
+  m.def(
+      "selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+      "Tensor? dt_bias, bool dt_softplus, Tensor? initial_state, Tensor? cu_seqlens) -> (Tensor, Tensor)");
+  m.def(
+      "selective_scan_backward(Tensor dy, Tensor? dfinal_state, Tensor x, Tensor dt, Tensor A, Tensor B, "
+      "Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, Tensor? initial_state, "
+      "Tensor? cu_seqlens) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "selective_scan_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor(a!) state, Tensor? D, "
+      "Tensor? z, Tensor? dt_bias, bool dt_softplus) -> Tensor");
 }
 
 static torch::stable::Tensor empty_operator(torch::stable::Tensor x) { return x; }

@@ -1,4 +1,4 @@
-"""The compiled short convolutions: fakes, derivatives, and functions with the reference's signatures."""
+"""The compiled convolutions: fakes, derivatives, and functions with the reference's signatures."""
 
 from __future__ import annotations
 
@@ -128,6 +128,81 @@ def gated_short_conv(
     return (y, final_state) if return_final_state else y
 
 
+def _long_conv_fake(x: Tensor, kernel: Tensor, skip: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _long_conv_backward_fake(dy: Tensor, x: Tensor, kernel: Tensor, skip: Any) -> tuple[Tensor, ...]:
+    wide = {"dtype": torch.float32}
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty(kernel.shape, **wide),
+        x.new_empty(x.shape[2], **wide),
+    )
+
+
+def _long_conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _long_conv_autograd(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, kernel, skip = ctx.saved_tensors
+    dx, dkernel, dskip = operator("long_conv_backward")(dy, x, kernel, skip)
+    return dx, like(dkernel, kernel), like(dskip, skip)
+
+
+def _gated_long_conv_fake(b: Tensor, c: Tensor, x: Tensor, kernel: Tensor, skip: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _gated_long_conv_backward_fake(
+    dy: Tensor, b: Tensor, c: Tensor, x: Tensor, kernel: Tensor, skip: Any
+) -> tuple[Tensor, ...]:
+    dx, *others = _long_conv_backward_fake(dy, x, kernel, skip)
+    return torch.empty_like(dx), torch.empty_like(dx), dx, *others
+
+
+def _gated_long_conv_autograd(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    b, c, x, kernel, skip = ctx.saved_tensors
+    db, dc, dx, dkernel, dskip = operator("gated_long_conv_backward")(dy, b, c, x, kernel, skip)
+    return db, dc, dx, like(dkernel, kernel), like(dskip, skip)
+
+
+def long_conv(x: Tensor, kernel: Tensor, skip: Tensor | None = None) -> Tensor:
+    """See :func:`star_kernels.long_conv`."""
+    y: Tensor = call(operator("long_conv"), x, kernel, skip)
+    return y
+
+
+def gated_long_conv(b: Tensor, c: Tensor, x: Tensor, kernel: Tensor, skip: Tensor | None = None) -> Tensor:
+    """See :func:`star_kernels.gated_long_conv`."""
+    y: Tensor = call(operator("gated_long_conv"), b, c, x, kernel, skip)
+    return y
+
+
+def long_conv_step(
+    x: Tensor, history: Tensor, kernel: Tensor, skip: Tensor | None = None, *, position: int
+) -> Tensor:
+    """See :func:`star_kernels.long_conv_step`."""
+    y: Tensor = torch.ops.star_kernels.long_conv_step.default(x, history, kernel, skip, position)
+    return y
+
+
+def gated_long_conv_step(
+    b: Tensor,
+    c: Tensor,
+    x: Tensor,
+    history: Tensor,
+    kernel: Tensor,
+    skip: Tensor | None = None,
+    *,
+    position: int,
+) -> Tensor:
+    """See :func:`star_kernels.gated_long_conv_step`."""
+    y: Tensor = torch.ops.star_kernels.gated_long_conv_step.default(b, c, x, history, kernel, skip, position)
+    return y
+
+
 def short_conv_step(
     x: Tensor,
     state: Tensor,
@@ -151,6 +226,14 @@ def gated_short_conv_step(
 
 register_fake("short_conv_step", lambda x, state, weight, bias, silu: x.new_empty(x.shape))
 register_fake("gated_short_conv_step", lambda b, c, x, state, weight, bias: x.new_empty(x.shape))
+register_fake("long_conv_step", lambda x, history, kernel, skip, position: x.new_empty(x.shape))
+register_fake("gated_long_conv_step", lambda b, c, x, history, kernel, skip, position: x.new_empty(x.shape))
+register_fake("long_conv", _long_conv_fake)
+register_fake("long_conv_backward", _long_conv_backward_fake)
+register_autograd("long_conv", _long_conv_autograd, _long_conv_setup)
+register_fake("gated_long_conv", _gated_long_conv_fake)
+register_fake("gated_long_conv_backward", _gated_long_conv_backward_fake)
+register_autograd("gated_long_conv", _gated_long_conv_autograd, _long_conv_setup)
 register_fake("short_conv", _short_conv_fake)
 register_fake("short_conv_backward", _short_conv_backward_fake)
 register_autograd("short_conv", _short_conv_autograd, _short_conv_setup)
@@ -158,10 +241,14 @@ register_fake("gated_short_conv", _gated_short_conv_fake)
 register_fake("gated_short_conv_backward", _gated_short_conv_backward_fake)
 register_autograd("gated_short_conv", _gated_short_conv_autograd, _gated_short_conv_setup)
 
-for _name, _function in (
-    ("short_conv", short_conv),
-    ("gated_short_conv", gated_short_conv),
-    ("short_conv_step", short_conv_step),
-    ("gated_short_conv_step", gated_short_conv_step),
+for _function in (
+    short_conv,
+    gated_short_conv,
+    short_conv_step,
+    gated_short_conv_step,
+    long_conv,
+    gated_long_conv,
+    long_conv_step,
+    gated_long_conv_step,
 ):
-    dispatch.register(_name, "cpp", _function, device_type="cpu", dtypes=dispatch.KERNEL_DTYPES)
+    dispatch.register(_function.__name__, "cpp", _function, device_type="cpu", dtypes=dispatch.KERNEL_DTYPES)

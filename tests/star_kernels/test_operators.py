@@ -49,7 +49,9 @@ def run(operator: str, arguments: dict[str, Any], backend: str) -> dict[str, Ten
     loss = sum((output.double() * draw.normal(*output.shape)).sum() for output in outputs)
     gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     named = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
-    return named | {f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True) if g is not None}
+    for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        named[f"gradient of {name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+    return named
 
 
 def flatten(result: Any) -> list[Tensor]:
