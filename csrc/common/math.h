@@ -8,16 +8,16 @@
 namespace star {
 namespace STAR_LEVEL {
 
-inline float maximum(float a, float b) { return a > b ? a : b; }
-inline float minimum(float a, float b) { return a < b ? a : b; }
-inline float absolute(float x) { return __builtin_fabsf(x); }
+STAR_INLINE float maximum(float a, float b) { return a > b ? a : b; }
+STAR_INLINE float minimum(float a, float b) { return a < b ? a : b; }
+STAR_INLINE float absolute(float x) { return __builtin_fabsf(x); }
 
-inline float exponential(float x) {
+STAR_INLINE float exponential(float x) {
   // e^x = 2^n e^r with |r| <= ln(2)/2; ln(2) is split so that n ln(2) is exact in its high part.
   const float clamped = minimum(maximum(x, -105.0f), 89.5f);
-  const float scaled = clamped * 1.44269504f;
-  const int n = static_cast<int>(scaled + (scaled < 0.0f ? -0.5f : 0.5f));
-  const float whole = static_cast<float>(n);
+  const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: its low bits hold n
+  const float whole = shifted - 12582912.0f;
+  const int n = static_cast<int>(float_bits(shifted)) - 0x4b400000;
   const float r = (clamped - whole * 0.693359375f) + whole * 2.12194440e-4f;
   float p = 1.0f / 5040.0f;
   p = p * r + 1.0f / 720.0f;
@@ -34,14 +34,14 @@ inline float exponential(float x) {
   return x != x ? x : p * first * second;
 }
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+STAR_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
-inline float silu(float x) { return x * sigmoid(x); }
+STAR_INLINE float silu(float x) { return x * sigmoid(x); }
 
 // d silu(x) / dx from s = sigmoid(x): s (1 + x (1 - s)).
-inline float silu_slope(float x, float s) { return s * (1.0f + x * (1.0f - s)); }
+STAR_INLINE float silu_slope(float x, float s) { return s * (1.0f + x * (1.0f - s)); }
 
-inline float hyperbolic_tangent(float x) {
+STAR_INLINE float hyperbolic_tangent(float x) {
   // Near zero 1 - 2 / (e^2x + 1) would cancel: there the odd Taylor series to x^11.
   const float square = x * x;
   float series = -1382.0f / 155925.0f;
@@ -54,7 +54,7 @@ inline float hyperbolic_tangent(float x) {
   return absolute(x) < 0.3f ? series : far;
 }
 
-inline float softplus(float x) {
+STAR_INLINE float softplus(float x) {
   // log(1 + e^x) = max(x, 0) + log1p(u) with u = e^-|x| <= 1, and log1p(u) = 2 atanh(u / (2 + u)),
   // whose series in s <= 1/3 keeps the relative accuracy of small results.
   const float u = exponential(-absolute(x));
