@@ -62,6 +62,8 @@ class SelectiveFeaturizer(nn.Module):
         self.dt_weight = weight(halves * dim, dt_rank)
         self.dt_bias = weight(halves * dim)
         self.A_log = weight(halves * dim, state_size)
+        # Decay would pull all states of a channel to one rate; optimizers read this mark, as in Mamba.
+        self.A_log.no_weight_decay = True  # type: ignore[attr-defined]
         self.reset_parameters()
 
     @torch.no_grad()
