@@ -72,7 +72,7 @@ def gated_short_conv(
 def long_conv(x: Tensor, kernel: Tensor, skip: Tensor | None = None) -> Tensor:
     """See :func:`star_kernels.long_conv`. By FFT over twice the length, in float32 or float64."""
     length = x.shape[1]
-    if length == 0 or kernel.shape[1] == 0:
+    if x.numel() == 0 or kernel.shape[1] == 0:
         y = x * 0
     else:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
