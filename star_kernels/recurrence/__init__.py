@@ -23,6 +23,8 @@ for _name in (
     "lstm_scan",
 ):
     dispatch.register(_name, "reference", getattr(reference, _name))
+if dispatch.load_compiled():
+    from star_kernels.recurrence import compiled as compiled
 
 
 def linear_scan(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from star_kernels import dispatch
-from star_kernels.contracts import Contract, autocast_together
+from star_kernels.contracts import Contract
 from star_kernels.recurrence import reference
 
 for _name in (
@@ -41,12 +41,14 @@ def linear_scan_step(decay: Tensor, x: Tensor, state: Tensor, *, backend: str | 
     Raises:
         ValueError, TypeError: an argument of another shape, dtype or device than named above.
     """
-    decay, x = autocast_together(decay, x)
-    call = Contract("linear_scan_step")
-    call.tensor("decay", decay, "B D")
-    call.tensor("x", x, "B D")
-    _own_state(call, "state", state, "B D")
-    return dispatch.choose("linear_scan_step", backend, x)(decay, x, state)
+
+    def check() -> None:
+        call = Contract("linear_scan_step")
+        call.tensor("decay", decay, "B D")
+        call.tensor("x", x, "B D")
+        _own_state(call, "state", state, "B D")
+
+    return dispatch.step("linear_scan_step", backend, check, decay, x, state)
 
 
 def selective_scan_step(
@@ -77,24 +79,25 @@ def selective_scan_step(
     Raises:
         ValueError, TypeError: an argument of another shape, dtype or device than named above.
     """
-    x, dt, B, C, z = autocast_together(x, dt, B, C, z)
-    call = Contract("selective_scan_step")
-    call.tensor("x", x, "B D")
-    call.tensor("dt", dt, "B D")
-    call.parameter("A", A, "D N")
-    grouped = isinstance(B, Tensor) and B.dim() == 3
-    call.tensor("B", B, "B G N" if grouped else "B N")
-    call.tensor("C", C, "B G N" if grouped else "B N")
-    if grouped:
-        call.multiple("D", "G")
-    _own_state(call, "state", state, "B D N")
-    call.optional_parameter("D", D, "D")
-    call.optional_tensor("z", z, "B D")
-    call.optional_parameter("dt_bias", dt_bias, "D")
-    call.flag("dt_softplus", dt_softplus)
-    return dispatch.choose("selective_scan_step", backend, x)(
-        x, dt, A, B, C, state, D, z, dt_bias, dt_softplus=dt_softplus
-    )
+
+    def check() -> None:
+        call = Contract("selective_scan_step")
+        call.tensor("x", x, "B D")
+        call.tensor("dt", dt, "B D")
+        call.parameter("A", A, "D N")
+        grouped = isinstance(B, Tensor) and B.dim() == 3
+        call.tensor("B", B, "B G N" if grouped else "B N")
+        call.tensor("C", C, "B G N" if grouped else "B N")
+        if grouped:
+            call.multiple("D", "G")
+        _own_state(call, "state", state, "B D N")
+        call.optional_parameter("D", D, "D")
+        call.optional_tensor("z", z, "B D")
+        call.optional_parameter("dt_bias", dt_bias, "D")
+        call.flag("dt_softplus", dt_softplus)
+
+    arguments = (x, dt, A, B, C, state, D, z, dt_bias)
+    return dispatch.step("selective_scan_step", backend, check, *arguments, dt_softplus=dt_softplus)
 
 
 def _check_matrix_state(
@@ -142,10 +145,12 @@ def gated_linear_attention_step(
     Raises:
         ValueError, TypeError: an argument of another shape, dtype or device than named above.
     """
-    q, k, v = autocast_together(q, k, v)
-    call = Contract("gated_linear_attention_step")
-    _check_matrix_state(call, q, k, v, log_decay, state, scale)
-    return dispatch.choose("gated_linear_attention_step", backend, v)(q, k, v, log_decay, state, scale=scale)
+
+    def check() -> None:
+        _check_matrix_state(Contract("gated_linear_attention_step"), q, k, v, log_decay, state, scale)
+
+    arguments = (q, k, v, log_decay, state)
+    return dispatch.step("gated_linear_attention_step", backend, check, *arguments, scale=scale)
 
 
 def gated_delta_rule_step(
@@ -171,11 +176,14 @@ def gated_delta_rule_step(
     Raises:
         ValueError, TypeError: an argument of another shape, dtype or device than named above.
     """
-    q, k, v, beta = autocast_together(q, k, v, beta)
-    call = Contract("gated_delta_rule_step")
-    _check_matrix_state(call, q, k, v, log_decay, state, scale)
-    call.tensor("beta", beta, "B H")
-    return dispatch.choose("gated_delta_rule_step", backend, v)(q, k, v, beta, log_decay, state, scale=scale)
+
+    def check() -> None:
+        call = Contract("gated_delta_rule_step")
+        _check_matrix_state(call, q, k, v, log_decay, state, scale)
+        call.tensor("beta", beta, "B H")
+
+    arguments = (q, k, v, beta, log_decay, state)
+    return dispatch.step("gated_delta_rule_step", backend, check, *arguments, scale=scale)
 
 
 def gru_scan_step(
@@ -197,11 +205,13 @@ def gru_scan_step(
     Raises:
         ValueError, TypeError: an argument of another shape, dtype or device than named above.
     """
-    xz, xr, xh = autocast_together(xz, xr, xh)
-    call = Contract("gru_scan_step")
-    _check_cell(call, {"xz": xz, "xr": xr, "xh": xh}, {"az": az, "ar": ar, "ah": ah})
-    _own_state(call, "state", state, "B D")
-    return dispatch.choose("gru_scan_step", backend, xz)(xz, xr, xh, az, ar, ah, state)
+
+    def check() -> None:
+        call = Contract("gru_scan_step")
+        _check_cell(call, {"xz": xz, "xr": xr, "xh": xh}, {"az": az, "ar": ar, "ah": ah})
+        _own_state(call, "state", state, "B D")
+
+    return dispatch.step("gru_scan_step", backend, check, xz, xr, xh, az, ar, ah, state)
 
 
 def _check_cell(call: Contract, inputs: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
@@ -231,9 +241,11 @@ def lstm_scan_step(
     Raises:
         ValueError, TypeError: an argument of another shape, dtype or device than named above.
     """
-    xf, xo, xz = autocast_together(xf, xo, xz)
-    call = Contract("lstm_scan_step")
-    _check_cell(call, {"xf": xf, "xo": xo, "xz": xz}, {"af": af, "ao": ao, "az": az})
-    _own_state(call, "state_c", state_c, "B D")
-    _own_state(call, "state_h", state_h, "B D")
-    return dispatch.choose("lstm_scan_step", backend, xf)(xf, xo, xz, af, ao, az, state_c, state_h)
+
+    def check() -> None:
+        call = Contract("lstm_scan_step")
+        _check_cell(call, {"xf": xf, "xo": xo, "xz": xz}, {"af": af, "ao": ao, "az": az})
+        _own_state(call, "state_c", state_c, "B D")
+        _own_state(call, "state_h", state_h, "B D")
+
+    return dispatch.step("lstm_scan_step", backend, check, xf, xo, xz, af, ao, az, state_c, state_h)
