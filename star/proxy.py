@@ -41,7 +41,7 @@ class ProxySettings:
         validation_batches: held-out batches of the same size in one evaluation.
         evaluate_every: steps between evaluations; 0: at the end only.
         seed: of the initialisation and of the order of the data.
-        dtype: "float32", "bfloat16" (autocast), or "auto": bfloat16 where `star.training` finds it faster.
+        dtype: "float32", "bfloat16" (autocast), or "auto": as `star.training.training_dtype` says.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
         threads: of torch while it trains; None leaves them as they are.
 
@@ -52,7 +52,7 @@ class ProxySettings:
     steps: int = 200
     batch_size: int = 8
     length: int = 256
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     warmup_steps: int = 20
     final_rate: float = 0.1
     weight_decay: float = 0.1
@@ -184,7 +184,7 @@ def train_candidate(
 
     Raises:
         ValueError: settings that no candidate could meet: a vocabulary that is not the corpus's, a text
-            shorter than `settings.length`.
+            shorter than `settings.length`, a device that is not there.
         OSError: the weights can't be written.
     """
     from star import training, weights
@@ -192,6 +192,7 @@ def train_candidate(
     if config.vocab_size != corpus.vocab_size:
         raise ValueError(f"vocab_size is {config.vocab_size}, but the text has {corpus.vocab_size} token ids")
     corpus.check_length(settings.length)
+    training.training_device(settings)
 
     start = time.perf_counter()
     model: nn.Module | None = None

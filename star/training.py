@@ -45,6 +45,7 @@ DIVERGED_NATS = 1.0
 
 _RECENT_LOSSES = 8
 _CUDA_CHECK_STEPS = 16
+_AMX_WIDTH = 512
 
 
 class Diverged(ArithmeticError):
@@ -52,19 +53,31 @@ class Diverged(ArithmeticError):
 
 
 def training_device(settings: ProxySettings) -> torch.device:
-    """The device that the settings name; "auto" is CUDA where there is one."""
+    """The device that the settings name; "auto" is CUDA where there is one. Raises ValueError without it."""
     if settings.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(settings.device)
+    device = torch.device(settings.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {settings.device!r}, but there are {torch.cuda.device_count()} CUDA devices"
+        )
+    return device
 
 
-def training_dtype(settings: ProxySettings, device: torch.device) -> torch.dtype:
-    """float32, or bfloat16 for autocast; "auto" is bfloat16 on GPUs that compute in it, else float32."""
+def training_dtype(settings: ProxySettings, device: torch.device, width: int) -> torch.dtype:
+    """float32, or bfloat16 for autocast, of a model of `width`.
+
+    "auto" is bfloat16 on GPUs that compute in it, and on CPUs with matrix units for it (AMX) from width 512
+    on. Elsewhere it is float32: plain vector units gain little from bfloat16 products, and in narrow models
+    autocast's casts cost more than the products save.
+    """
     if settings.dtype != "auto":
         return torch.float32 if settings.dtype == "float32" else torch.bfloat16
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    return torch.float32
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = width >= _AMX_WIDTH and torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 @contextlib.contextmanager
@@ -170,7 +183,7 @@ class Training:
         self.progress = progress
         self.curve: list[CurvePoint] = []
         self.device = training_device(settings)
-        self.dtype = training_dtype(settings, self.device)
+        self.dtype = training_dtype(settings, self.device, _head_weight(model).shape[1])
         self.model = model.to(self.device).train()
         self.optimizer = AdamW(self.model.named_parameters(), weight_decay=settings.weight_decay)
         self.watch = _Watch()
@@ -290,7 +303,7 @@ class Training:
 def evaluate(model: nn.Module, corpus: Corpus, settings: ProxySettings) -> float:
     """Bits per byte on held-out text: nats per token / ln 2 / bytes per token; the windows are fixed."""
     device = next(model.parameters()).device
-    dtype = training_dtype(settings, device)
+    dtype = training_dtype(settings, device, _head_weight(model).shape[1])
     training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -306,8 +319,13 @@ def evaluate(model: nn.Module, corpus: Corpus, settings: ProxySettings) -> float
 def _loss(model: nn.Module, inputs: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
     """Mean nats per token, a float32 scalar; inputs and targets (batch, length)."""
     with torch.autocast(inputs.device.type, dtype=dtype, enabled=dtype is not torch.float32):
-        hidden = cast(Any, model).hidden(inputs)
-        return linear_cross_entropy(hidden.flatten(0, 1), cast(Any, model).head_weight, targets.flatten())
+        hidden = cast(Callable[[Tensor], Tensor], model.hidden)(inputs)
+        return linear_cross_entropy(hidden.flatten(0, 1), _head_weight(model), targets.flatten())
+
+
+def _head_weight(model: nn.Module) -> Tensor:
+    """(V, D), which turns hidden states into logits."""
+    return cast(Tensor, model.head_weight)
 
 
 def _bits_per_byte(nats_per_token: float, corpus: Corpus) -> float:

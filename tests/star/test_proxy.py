@@ -25,6 +25,7 @@ from star import weights
 from star.config import ModelConfig
 from star.data import Corpus, DataError, open_corpus
 from star.genome import Genome
+from star.model import build_model
 from star.optimizer import AdamW, learning_rate
 from star.proxy import CurvePoint, Outcome, Progress, ProxySettings, train_candidate
 from star.training import Diverged, evaluate, failure_reason, train_model
@@ -155,6 +156,36 @@ def test_thread_count_is_restored(corpus: Corpus) -> None:
     assert torch.get_num_threads() == 2
 
 
+# Candidates from genomes
+
+EVERY_CLASS = "-".join(f"{liv}.1.1.1.1" for liv in range(1, 18))
+SHARING = "71211-92211-71211-11112-21112-92211"
+
+
+@pytest.mark.parametrize("text", [EVERY_CLASS, SHARING])
+def test_genomes_train_and_their_weights_come_back(corpus: Corpus, tmp_path: Path, text: str) -> None:
+    genome = Genome.parse(text)
+    path = tmp_path / "weights.safetensors"
+    outcome = train_candidate(genome, CONFIG, SETTINGS, corpus, save_to=path)
+    assert outcome.ok, outcome.reason
+    assert outcome.curve[-1].train < outcome.curve[0].train
+    model = build_model(genome, CONFIG, seed=5)
+    weights.load_weights(model, path)
+    assert evaluate(model, corpus, SETTINGS) == outcome.quality
+    again = train_candidate(genome, CONFIG, SETTINGS, corpus)
+    assert (again.quality, again.curve) == (outcome.quality, outcome.curve)
+
+
+def test_every_class_trains_in_bfloat16(corpus: Corpus) -> None:
+    outcome = train_candidate(Genome.parse(EVERY_CLASS), CONFIG, varied(steps=3, dtype="bfloat16"), corpus)
+    assert outcome.ok, outcome.reason
+
+
+def test_an_invalid_genome_fails(corpus: Corpus) -> None:
+    outcome = train_candidate(Genome.parse("11211-21211"), CONFIG, SETTINGS, corpus)
+    assert outcome.reason.startswith("GenomeError: ")
+
+
 # Bad candidates
 
 
@@ -261,6 +292,8 @@ def test_settings_that_no_candidate_could_meet_are_refused(corpus: Corpus) -> No
         )
     with pytest.raises(DataError, match="length 100000"):
         train(corpus, varied(length=100_000))
+    with pytest.raises(ValueError, match="device is 'cuda:99', but there are"):
+        train(corpus, varied(device="cuda:99"))
 
 
 def test_reasons_are_short_lines() -> None:
