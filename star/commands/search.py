@@ -1,0 +1,221 @@
+"""`star search`: begin a search."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from star.commands.errors import Stopped, reported
+
+if TYPE_CHECKING:
+    from star.search.events import Listener
+    from star.search.settings import SearchSettings
+
+_TEXT = "Text"
+_GOAL = "What to look for"
+_SIZE = "How much of it"
+_PROXY = "Training of each candidate"
+_DEFAULT_PRESET = "demo"
+
+
+def _preset(help: str, panel: str, *names: str, **more: Any) -> Any:
+    """An option that overrides the preset."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False, **more)
+
+
+def search(
+    run: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RUN]", help="A new run directory; runs/<date-time> by default."),
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(help="demo (minutes), laptop (an evening), paper.")
+    ] = _DEFAULT_PRESET,
+    data: Annotated[
+        list[str] | None,
+        _preset("File, folder, JSONL, Parquet or dataset; repeatable. Python's own code by default.", _TEXT),
+    ] = None,
+    text_column: Annotated[str | None, _preset("Column of a table that holds the text.", _TEXT)] = None,
+    tokenizer: Annotated[str | None, _preset("A tokenizers JSON file; bytes by default.", _TEXT)] = None,
+    objectives: Annotated[
+        str | None, _preset("quality, size, cache, flops: one or more, with commas.", _GOAL)
+    ] = None,
+    depth: Annotated[int | None, _preset("LIVs of a backbone.", _GOAL)] = None,
+    width: Annotated[int | None, _preset("Model width.", _GOAL)] = None,
+    head_dim: Annotated[int | None, _preset("Width of an attention head.", _GOAL)] = None,
+    classes: Annotated[str | None, _preset("Only these LIV classes, like 1,3,7-9.", _GOAL)] = None,
+    population: Annotated[int | None, _preset("Candidates of a generation.", _SIZE)] = None,
+    generations: Annotated[
+        int | None, _preset("Generations, the first random one among them.", _SIZE)
+    ] = None,
+    mutation_rate: Annotated[float | None, _preset("Chance that a position changes.", _SIZE)] = None,
+    tournament: Annotated[int | None, _preset("Contenders for each parent.", _SIZE)] = None,
+    seed: Annotated[int | None, _preset("Of every draw.", _SIZE)] = None,
+    seed_baselines: Annotated[
+        bool | None,
+        _preset("Begin with the known layouts too.", _SIZE, "--seed-baselines/--no-seed-baselines"),
+    ] = None,
+    references: Annotated[
+        bool | None, _preset("Train the known layouts to compare.", _SIZE, "--references/--no-references")
+    ] = None,
+    steps: Annotated[int | None, _preset("Optimizer steps.", _PROXY)] = None,
+    batch_size: Annotated[int | None, _preset("Sequences a step.", _PROXY)] = None,
+    length: Annotated[int | None, _preset("Tokens a sequence.", _PROXY)] = None,
+    learning_rate: Annotated[float | None, _preset("Peak learning rate.", _PROXY)] = None,
+    device: Annotated[str | None, _preset("auto, cpu, cuda or cuda:N.", _PROXY)] = None,
+    dtype: Annotated[str | None, _preset("auto, float32 or bfloat16.", _PROXY)] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; one a core by default.")] = None,
+    engine: Annotated[str | None, typer.Option(help="local or ray.")] = None,
+    with_report: Annotated[bool, typer.Option("--report/--no-report", help="Write the report.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Search for architectures, and write a report of what was found.
+
+    [dim]star search --data my-texts/ --objectives quality,cache --preset laptop[/dim]
+    """
+    with reported():
+        from star.search import search as begin_search
+
+        settings = _settings(
+            preset,
+            changes={
+                "objectives": None if objectives is None else _names(objectives),
+                "pool": None if classes is None else _pool(classes),
+                "depth": depth,
+                "population": population,
+                "generations": generations,
+                "mutation_rate": mutation_rate,
+                "tournament": tournament,
+                "seed": seed,
+                "seed_baselines": seed_baselines,
+                "references": references,
+                "workers": workers,
+                "engine": engine,
+            },
+            model={"width": width, "head_dim": head_dim},
+            proxy={
+                "steps": steps,
+                "batch_size": batch_size,
+                "length": length,
+                "learning_rate": learning_rate,
+                "device": device,
+                "dtype": dtype,
+            },
+            data={
+                "source": tuple(data) if data else None,
+                "text_column": text_column,
+                "tokenizer": tokenizer,
+            },
+        )
+    directory = _new_directory() if run is None else run
+    carry_out(
+        lambda listener: begin_search(settings, directory, on_event=listener),
+        directory,
+        with_report,
+        as_json,
+    )
+
+
+def carry_out(work: Callable[[Listener], Any], directory: Path, with_report: bool, as_json: bool) -> None:
+    """Run a search or the rest of one, show its progress, and print what was found."""
+    from star.commands.progress import SearchProgress
+    from star.commands.report import conclude, write
+    from star.commands.terminal import emit, screen
+
+    console = screen(as_json)
+    progress = SearchProgress(console)
+    try:
+        with progress:
+            try:
+                work(progress)
+            except Exception:
+                # Which kind of error it is depends on how far the work has come.
+                with reported(started=progress.started):
+                    raise
+    except KeyboardInterrupt:
+        raise Stopped(_how_to_go_on(directory)) from None
+    with reported(started=True):
+        if with_report:
+            summary, page = write(directory)
+        else:
+            from star.report import read_run
+
+            summary, page = read_run(directory), None
+    if as_json:
+        emit({**summary.to_json(), "report": None if page is None else str(page)})
+    else:
+        conclude(console, summary, page)
+
+
+def _how_to_go_on(directory: Path) -> str:
+    """For a Ctrl-C outside of the loop: while the text is read, or between the search and its end."""
+    from star.search.store import RunStore
+
+    if RunStore.begun(directory / "run.db"):
+        return f"search stopped; continue with: star resume {directory}"
+    return "search stopped before anything was recorded"
+
+
+def _settings(
+    preset_name: str,
+    *,
+    changes: dict[str, Any],
+    model: dict[str, Any],
+    proxy: dict[str, Any],
+    data: dict[str, Any],
+) -> SearchSettings:
+    """The preset with what the options say; None leaves a setting alone."""
+    from star.search import preset
+    from star.targets import model_config
+
+    settings = preset(preset_name)
+    return replace(
+        settings,
+        **_given(changes),
+        model=model_config(**model, base=settings.model),
+        proxy=_proxy(settings, _given(proxy)),
+        data=replace(settings.data, **_given(data)),
+    )
+
+
+def _proxy(settings: SearchSettings, given: dict[str, Any]) -> Any:
+    """The proxy's settings; a warm-up that would outlast the training is cut to a tenth of it."""
+    steps = given.get("steps", settings.proxy.steps)
+    if settings.proxy.warmup_steps >= steps:
+        given["warmup_steps"] = steps // 10
+    return replace(settings.proxy, **given)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _pool(text: str) -> Any:
+    """The option pool with some classes only, "1,3,7-9"."""
+    from star.pools import Pool
+
+    numbers: list[int] = []
+    for part in _names(text):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"classes has {part!r}, takes numbers and ranges like 1,3,7-9")
+        numbers += range(int(first), int(last if dash else first) + 1)
+    return Pool(classes=tuple(numbers))
+
+
+def _new_directory() -> Path:
+    """runs/<date-time>, with a number behind it where two searches begin in one second."""
+    name = time.strftime("%Y-%m-%d-%H%M%S")
+    directory, number = Path("runs", name), 2
+    while directory.exists():
+        directory, number = Path("runs", f"{name}-{number}"), number + 1
+    return directory

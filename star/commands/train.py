@@ -1,0 +1,182 @@
+"""`star train`: train one architecture for longer."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from star.commands.errors import Failed, Stopped, reported
+
+if TYPE_CHECKING:
+    from star.proxy import Outcome, ProxySettings
+    from star.search.settings import DataSettings
+    from star.targets import Target
+
+_MODEL = "Model"
+_TEXT = "Text"
+_EVALUATIONS = 20
+
+
+def train(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="GENOME|RUN", help="A genome, a baseline's name, or a run (its best)."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for weights, curve, checkpoint.")],
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1000,
+    id: Annotated[int | None, typer.Option("--id", min=0, help="Candidate of the run.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    evaluate_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 200,
+    seed: Annotated[int | None, typer.Option(help="Of weights and data order.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own by default.")] = None,
+    depth: Annotated[int | None, typer.Option(help="LIVs of a baseline.", rich_help_panel=_MODEL)] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Model width; 128, or the run's.", rich_help_panel=_MODEL)
+    ] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Width of a head.", rich_help_panel=_MODEL)] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="As for star search; the run's own.", rich_help_panel=_TEXT)
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of a table that holds the text.", rich_help_panel=_TEXT)
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A tokenizers JSON file.", rich_help_panel=_TEXT)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Train one architecture for longer. The same command goes on where Ctrl-C stopped it.
+
+    [dim]star train runs/first --id 12 --steps 5000 --out models/twelve[/dim]
+    """
+    from star.targets import is_run, open_target
+
+    with reported():
+        from star.search.settings import PRESETS, DataSettings
+
+        if width is None and not is_run(target):
+            width = PRESETS["laptop"].model.width
+        chosen = open_target(target, id=id, depth=depth, width=width, head_dim=head_dim)
+        settings = _settings(
+            PRESETS["laptop"].proxy if chosen.settings is None else chosen.settings.proxy,
+            steps,
+            {
+                "batch_size": batch_size,
+                "length": length,
+                "learning_rate": learning_rate,
+                "evaluate_every": max(1, steps // _EVALUATIONS) if evaluate_every is None else evaluate_every,
+                "seed": seed,
+                "device": device,
+                "dtype": dtype,
+            },
+        )
+        settings = replace(settings, threads=threads)
+        text = DataSettings() if chosen.settings is None else chosen.settings.data
+        given: dict[str, Any] = {
+            "source": tuple(data) if data else None,
+            "text_column": text_column,
+            "tokenizer": tokenizer,
+        }
+        text = replace(text, **{name: value for name, value in given.items() if value is not None})
+        outcome = _carry_out(chosen, settings, text, out, checkpoint_every, as_json)
+    _conclude(chosen, outcome, out, as_json)
+
+
+def _settings(base: ProxySettings, steps: int, options: dict[str, Any]) -> ProxySettings:
+    given = {name: value for name, value in options.items() if value is not None}
+    warmup = min(base.warmup_steps, max(1, steps // 10))
+    return replace(base, steps=steps, warmup_steps=warmup, **given)
+
+
+def _carry_out(
+    chosen: Target,
+    settings: ProxySettings,
+    text: DataSettings,
+    out: Path,
+    checkpoint_every: int,
+    as_json: bool,
+) -> Outcome:
+    from star import training_directory
+    from star.commands.progress import training_progress
+    from star.commands.terminal import say, screen
+    from star.data import open_corpus
+
+    console = screen(as_json)
+    with console.status("reading the text"):
+        corpus = open_corpus(
+            list(text.source) or None,
+            text_column=text.text_column,
+            tokenizer=text.tokenizer,
+            validation_fraction=text.validation_fraction,
+        )
+    say(console, f"Training {chosen.name} on {corpus.name} in {out}")
+    config = replace(chosen.config, vocab_size=corpus.vocab_size)
+    try:
+        with _stop_signal() as stopped, training_progress(console, "training") as progress:
+            return training_directory.train(
+                out,
+                chosen.genome,
+                config,
+                settings,
+                corpus,
+                text,
+                progress=progress,
+                should_stop=lambda: bool(stopped),
+                checkpoint_every=checkpoint_every,
+            )
+    except training_directory.StoppedTraining:
+        raise Stopped(f"training stopped; the same command goes on with it (--out {out})") from None
+    except KeyboardInterrupt:
+        raise Stopped(
+            f"training stopped; the same command goes on from its last checkpoint in {out}"
+        ) from None
+
+
+@contextmanager
+def _stop_signal() -> Iterator[list[int]]:
+    """A list that the first Ctrl-C puts something into, so that the step ends whole; the next interrupts."""
+    stopped: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        stopped.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    try:
+        before = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not in the main thread, where nobody presses Ctrl-C
+        yield stopped
+        return
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _conclude(chosen: Target, outcome: Outcome, out: Path, as_json: bool) -> None:
+    from star.commands.terminal import emit, say, screen
+    from star.report.numbers import duration, value
+
+    if not outcome.ok:
+        raise Failed(f"training {chosen.name} failed: {outcome.reason}")
+    if as_json:
+        emit({"genome": str(chosen.genome), "directory": str(out), **outcome.to_json()})
+        return
+    console = screen()
+    say(
+        console,
+        f"{value('quality', outcome.quality)} bits per byte on held-out text after "
+        f"{outcome.tokens:,} tokens ({duration(outcome.seconds)})",
+        "bold",
+    )
+    say(console, f'Let it write:  star generate {out} "def "')

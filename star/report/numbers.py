@@ -1,0 +1,99 @@
+"""Measured values in words: names, units, and as many digits as people read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from star.search.objectives import OBJECTIVES
+
+if TYPE_CHECKING:
+    from star.search.store import Evaluation
+
+__all__ = ["axis", "count", "difference", "duration", "label", "measured_objectives", "title", "value"]
+
+_TITLES = {"quality": "bits per byte", "size": "parameters", "cache": "cache", "flops": "FLOPs"}
+_LABELS = {"transformer_pp": "Transformer++", "striped_mamba": "StripedMamba", "lfm2": "LFM2"}
+_DECIMAL = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def label(reference: str) -> str:
+    """A reference layout's name as its authors write it."""
+    return _LABELS.get(reference, reference)
+
+
+def title(objective: str) -> str:
+    """An objective's name as the head of a column."""
+    return _TITLES.get(objective, objective)
+
+
+def axis(objective: str) -> str:
+    """An objective with its unit, for an axis."""
+    if objective == "quality":
+        return "held-out bits per byte"
+    known = OBJECTIVES.get(objective)
+    return objective if known is None or known.unit == title(objective) else f"{objective} ({known.unit})"
+
+
+def measured_objectives(evaluations: Iterable[Evaluation], searched: Sequence[str]) -> list[str]:
+    """The searched objectives, then the others of ours that every successful evaluation has."""
+    successes = [evaluation.objectives for evaluation in evaluations if evaluation.ok]
+    others = [
+        name
+        for name in OBJECTIVES
+        if name not in searched and successes and all(name in measured for measured in successes)
+    ]
+    return [*searched, *others]
+
+
+def value(objective: str, number: float | None) -> str:
+    """A measured value with its unit: "3.214", "1.20 M", "151 MB", "2.4 G"; "–" for None."""
+    if number is None:
+        return "–"
+    if objective == "quality":
+        return f"{number:.4f}"
+    if objective == "cache":
+        return f"{_scaled(number)}B"
+    return _scaled(number)
+
+
+def count(number: int, noun: str) -> str:
+    """ "1 candidate", "3 candidates"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def difference(new: float, old: float) -> str:
+    """How much less or more, relative: "13.2 % less"; "equal" below a twentieth of a per cent."""
+    if old == 0:
+        return "equal" if new == 0 else "more"
+    percent = 100 * (new - old) / abs(old)
+    if abs(percent) < 0.05:
+        return "equal"
+    digits = 1 if abs(percent) < 99.95 else 0
+    return f"{abs(percent):,.{digits}f} % {'less' if percent < 0 else 'more'}"
+
+
+def duration(seconds: float) -> str:
+    """ "0.4 s", "12 s", "3 min 20 s", "2 h 05 min"."""
+    if seconds < 9.95:
+        return f"{max(0.0, seconds):.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes:02d} min"
+
+
+def _scaled(number: float) -> str:
+    """Three digits and a decimal prefix: "151 M", "1.20 k", "12 "."""
+    for factor, prefix in _DECIMAL:
+        if abs(number) >= factor * 0.9995:
+            scaled = number / factor
+            if abs(scaled) >= 1e6:
+                return f"{scaled:.3g} {prefix}"
+            digits = 0 if abs(scaled) >= 99.95 else 1 if abs(scaled) >= 9.995 else 2
+            return f"{scaled:,.{digits}f} {prefix}"
+    return f"{number:g} "
