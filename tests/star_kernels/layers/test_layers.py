@@ -187,7 +187,6 @@ def test_every_parameter_has_a_gradient(case: Case) -> None:
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-        # The first token of a row sees only itself, and keys and queries have no gradient there: not all zero.
         assert parameter.grad.any(), name
 
 
@@ -240,7 +239,7 @@ def test_shared_featurizer_is_the_very_module(case: Case) -> None:
 
 @each_layer
 def test_given_features_are_used_as_they_are(case: Case) -> None:
-    """For every choice of groups: a layer that makes the others alone computes what one that makes all does."""
+    """For every choice of groups, a layer that makes only the others computes what one that makes all does."""
     whole, x, other = case.make(), tokens(), tokens(MAX_LENGTH + 1)[:, 1:]
     lent = whole.featurize(other)
     for choice in range(1, 1 << len(case.shareable)):
