@@ -54,7 +54,7 @@ def candidates_table(
     from rich import box
     from rich.table import Table
 
-    from star.report.numbers import label, measured_objectives, title, value
+    from star.report.numbers import measured_objectives, title, value
 
     members = list(evaluations)
     others = [(name, evaluation) for name, evaluation in references if evaluation.ok]
@@ -77,7 +77,7 @@ def candidates_table(
         table.add_section()
     for name, evaluation in others:
         numbers = [value(objective, evaluation.objectives.get(objective)) for objective in columns]
-        table.add_row(label(name), *numbers, "", backbone_text(evaluation.key), style="italic")
+        table.add_row(name, *numbers, "", backbone_text(evaluation.key), style="italic")
     return table
 
 

@@ -30,6 +30,7 @@ _INCHES = 0.3
 _HALF_WIDTH = 4.4  # of a LIV's box
 _HALF_HEIGHT = 0.38
 _MARGIN = 6.6  # room for arcs on either side
+_COMPACT_MARGIN = 3.6
 _DOTS_PER_INCH = 160
 
 # Text as outlines and fixed ids, so that the same genome gives the same bytes on every machine.
@@ -41,12 +42,13 @@ _STYLE: Any = {
 }
 
 
-def figure(genome: Genome, title: str | None = None) -> Figure:
+def figure(genome: Genome, title: str | None = None, *, compact: bool = False) -> Figure:
     """The backbone as a matplotlib figure, without any window or global state.
 
     Args:
         genome: what to draw, at most 400 LIVs.
         title: a line above it; by default the number of LIVs.
+        compact: the backbone and its arcs alone, for a page that says the rest itself.
 
     Raises:
         GenomeError: the genome is not valid; the message names the gene.
@@ -58,22 +60,25 @@ def figure(genome: Genome, title: str | None = None) -> Figure:
     plans = resolve(genome)
     if genome.depth > MAX_DEPTH:
         raise ValueError(f"figure: genome has {genome.depth} LIVs, a picture holds at most {MAX_DEPTH}")
-    height = genome.depth + 5.6
-    width = 2 * (_HALF_WIDTH + _MARGIN)
+    above, below = (1.9, 1.3) if compact else (2.9, 2.7)
+    height = genome.depth + above + below
+    margin = _COMPACT_MARGIN if compact else _MARGIN
+    width = 2 * (_HALF_WIDTH + margin)
     with matplotlib.rc_context(_STYLE):
         drawing = Figure(figsize=(width * _INCHES, height * _INCHES), facecolor="white", dpi=_DOTS_PER_INCH)
         axes = drawing.add_axes((0, 0, 1, 1))
         axes.set_xlim(-width / 2, width / 2)
-        axes.set_ylim(genome.depth + 2.7, -2.9)
+        axes.set_ylim(genome.depth + below, -above)
         axes.set_axis_off()
         _draw_stream(axes, genome.depth)
         for arc in featurizer_arcs(plans):
-            _draw_featurizer_arc(axes, arc, genome.depth)
+            _draw_featurizer_arc(axes, arc, genome.depth, margin)
         for arc in feature_arcs(plans):
-            _draw_feature_arc(axes, arc, genome.depth)
+            _draw_feature_arc(axes, arc, genome.depth, margin)
         for plan in plans:
             _draw_liv(axes, plan)
-        _draw_captions(axes, plans, title or _count(genome.depth, "LIV"))
+        if not compact:
+            _draw_captions(axes, plans, title or _count(genome.depth, "LIV"))
     return drawing
 
 
@@ -150,29 +155,31 @@ def _draw_liv(axes: Axes, plan: LivPlan) -> None:
         axes.text(4.02, y, reused, ha="right", va="center", fontsize=6.5, color="white", zorder=3)
 
 
-def _draw_featurizer_arc(axes: Axes, arc: Arc, depth: int) -> None:
+def _draw_featurizer_arc(axes: Axes, arc: Arc, depth: int, margin: float) -> None:
     """Arcs on the left between neighbouring members: all use one set of weights."""
     colour = _GROUP_COLOURS[arc.number % len(_GROUP_COLOURS)]
     for upper, lower in itertools.pairwise(arc.members):
-        _draw_half_ellipse(axes, -_HALF_WIDTH - 0.15, upper, lower, -_reach(upper, lower, depth), colour)
+        _draw_half_ellipse(
+            axes, -_HALF_WIDTH - 0.15, upper, lower, -_reach(upper, lower, depth, margin), colour
+        )
     for member in arc.members:
         axes.plot(-_HALF_WIDTH - 0.15, member, "o", markersize=4.2, color=colour, zorder=4)
 
 
-def _draw_feature_arc(axes: Axes, arc: Arc, depth: int) -> None:
+def _draw_feature_arc(axes: Axes, arc: Arc, depth: int, margin: float) -> None:
     """Arrows on the right from the LIV that computes the features to each that reuses them."""
     colour = _GROUP_COLOURS[arc.number % len(_GROUP_COLOURS)]
     source, *followers = arc.members
     edge = _HALF_WIDTH + 0.15
     for follower in followers:
-        _draw_half_ellipse(axes, edge, source, follower, _reach(source, follower, depth), colour)
+        _draw_half_ellipse(axes, edge, source, follower, _reach(source, follower, depth, margin), colour)
         axes.plot(edge, follower, "<", markersize=5.4, color=colour, zorder=4)
     axes.plot(edge, source, "o", markersize=4.8, color=colour, zorder=4)
 
 
-def _reach(upper: int, lower: int, depth: int) -> float:
+def _reach(upper: int, lower: int, depth: int, margin: float) -> float:
     """How far an arc leaves the backbone: more for longer ones, inside the margin for the longest."""
-    return (_MARGIN - 0.9) * ((lower - upper) / max(depth - 1, 8)) ** 0.6
+    return (margin - 0.9) * ((lower - upper) / max(depth - 1, 8)) ** 0.6
 
 
 def _draw_half_ellipse(axes: Axes, x: float, upper: int, lower: int, reach: float, colour: str) -> None:

@@ -10,16 +10,10 @@ from star.search.objectives import OBJECTIVES
 if TYPE_CHECKING:
     from star.search.store import Evaluation
 
-__all__ = ["axis", "count", "difference", "duration", "label", "measured_objectives", "title", "value"]
+__all__ = ["axis", "count", "difference", "duration", "measured_objectives", "title", "value"]
 
 _TITLES = {"quality": "bits per byte", "size": "parameters", "cache": "cache", "flops": "FLOPs"}
-_LABELS = {"transformer_pp": "Transformer++", "striped_mamba": "StripedMamba", "lfm2": "LFM2"}
 _DECIMAL = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-
-
-def label(reference: str) -> str:
-    """A reference layout's name as its authors write it."""
-    return _LABELS.get(reference, reference)
 
 
 def title(objective: str) -> str:

@@ -11,10 +11,10 @@ from star.draw import FAMILY_COLOURS, family_colour
 from star.genome import Genome, GenomeError
 from star.report.figures import svg
 from star.report.html import Html, element, join
-from star.report.numbers import count, difference, duration, label, measured_objectives, title, value
+from star.report.numbers import count, difference, duration, measured_objectives, title, value
 from star.report.plots import Plot
 from star.report.style import CSS
-from star.report.summary import RunSummary
+from star.report.summary import MAIN_REFERENCE, RunSummary
 from star.search.store import Evaluation
 from star.sharing import resolve
 
@@ -35,12 +35,21 @@ def page(run: RunSummary, plots: Sequence[Plot], backbones: Mapping[int, str]) -
         plots: of `star.report.plots`.
         backbones: candidate id -> inline SVG of its backbone.
     """
+    first = _beside_front(plots)
     sections = [
         _header(run),
         _front(run, plots),
         _backbones(run, backbones),
-        _section("How the search went", _PROGRESS, _figures(plots, "progress")),
-        _section("What evolution favours", _EVOLUTION, _figures(plots, "evolution")),
+        _section(
+            "How the search went",
+            _PROGRESS,
+            _figures([plot for plot in plots if plot.section == "progress" and plot not in first]),
+        ),
+        _section(
+            "What evolution favours",
+            _EVOLUTION,
+            _figures([plot for plot in plots if plot.section == "evolution"]),
+        ),
         _failures(run),
         _limits(run),
         _settings(run),
@@ -71,9 +80,14 @@ def _section(heading: str, lead: str, content: Html, *, id: str | None = None) -
     return join(element("h2", heading, id=id), element("p", lead, class_="lead"), content)
 
 
-def _figures(plots: Sequence[Plot], section: str) -> Html:
-    shown = [_figure(plot) for plot in plots if plot.section == section]
-    return element("div", *shown, class_="grid") if shown else Html()
+def _beside_front(plots: Sequence[Plot]) -> list[Plot]:
+    """The plots of the front; a single one has room for the hypervolume at its side."""
+    fronts = [plot for plot in plots if plot.section == "front"]
+    return fronts if len(fronts) > 1 else [*fronts, *(plot for plot in plots if plot.name == "hypervolume")]
+
+
+def _figures(plots: Sequence[Plot]) -> Html:
+    return element("div", *(_figure(plot) for plot in plots), class_="grid") if plots else Html()
 
 
 def _figure(plot: Plot) -> Html:
@@ -110,10 +124,10 @@ def _cards(run: RunSummary) -> list[Html]:
     if run.champion is not None:
         facts.append((value("quality", run.champion.objectives["quality"]), "best bits per byte"))
         for comparison in run.comparisons:
-            if comparison.name == "transformer_pp" and comparison.quality is not None:
+            if comparison.name == MAIN_REFERENCE and comparison.quality is not None:
                 theirs = comparison.reference.objectives["quality"]
                 relative = difference(run.champion.objectives["quality"], theirs)
-                facts.append((relative, f"bits than {label(comparison.name)}"))
+                facts.append((relative, f"bits than {comparison.name}"))
     known = [volume for volume in run.hypervolumes if volume is not None]
     if len(known) > 1 and known[0] > 0:
         facts.append((f"×{known[-1] / known[0]:.2f}", "hypervolume since generation 1"))
@@ -143,16 +157,16 @@ def _front(run: RunSummary, plots: Sequence[Plot]) -> Html | None:
         "The front",
         "Candidates that no other beats in every objective at once, beside the layouts that people designed, "
         "trained under the same proxy.",
-        join(_figures(plots, "front"), _front_table(run), _legend()),
+        join(_figures(_beside_front(plots)), _front_table(run), _legend()),
         id="front",
     )
 
 
 def _front_table(run: RunSummary) -> Html:
     rows = [(f"{item.id}", item) for item in run.front[:_ROWS_AT_MOST]]
-    others = [(label(name), item) for name, item in run.references.items()]
+    others = [(name, item) for name, item in run.references.items()]
     columns = measured_objectives([item for _, item in [*rows, *others]], run.settings.objectives)
-    main = run.references.get("transformer_pp")
+    main = run.references.get(MAIN_REFERENCE)
     base: Mapping[str, float] = main.objectives if main is not None and main.ok else {}
     head = element(
         "tr",
@@ -173,9 +187,7 @@ def _front_table(run: RunSummary) -> Html:
     ]
     more = len(run.front) - len(rows)
     note = element("p", f"and {more} more on the front", class_="lead") if more else None
-    compared = (
-        element("p", f"Percentages are against {label('transformer_pp')}.", class_="lead") if base else None
-    )
+    compared = element("p", f"Percentages are against {MAIN_REFERENCE}.", class_="lead") if base else None
     table = element("table", element("thead", head), element("tbody", *body))
     return join(element("div", table, class_="wide"), note, compared)
 
@@ -427,7 +439,7 @@ def draw_backbones(run: RunSummary) -> dict[int, str]:
         try:
             genome = Genome.parse(item.key)
             resolve(genome)
-            figure = draw.figure(genome, title=" ")
+            figure = draw.figure(genome, compact=True)
         except ValueError:
             continue  # no genome, or too deep for a picture; the table says so
         drawings[item.id] = svg(figure, f"backbone-{item.id}", f"Backbone of candidate {item.id}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from star.draw import family_colour
 from star.genome import Genome, GenomeError
 from star.report.figures import THEME, draw, generation_colour, new_figure
-from star.report.numbers import axis, label
+from star.report.numbers import axis
 from star.report.summary import LARGEST, RunSummary
 from star.search.front import candidates, non_dominated
 from star.search.store import Evaluation
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Plot", "plots"]
 
-_MARKERS = {"transformer_pp": "s", "striped_mamba": "D", "lfm2": "^"}
-_REFERENCE_STYLES = {"transformer_pp": "-", "striped_mamba": "--", "lfm2": ":"}
+_MARKERS = {"Transformer++": "s", "StripedMamba": "D", "LFM2": "^"}
+_REFERENCE_STYLES = {"Transformer++": "-", "StripedMamba": "--", "LFM2": ":"}
 _COLUMNS_AT_MOST = 40
 _CURVES_AT_MOST = 300
 _NAMED_POINTS = 12
@@ -111,7 +111,7 @@ def _front(run: RunSummary, x: str, y: str) -> Plot:
                 color=THEME["warm"],
                 edgecolors=THEME["page"],
                 linewidths=0.8,
-                label=label(name),
+                label=name,
                 zorder=5,
             )
     axes.set_xlabel(axis(x))
@@ -235,7 +235,7 @@ def _score(run: RunSummary, members: Sequence[Evaluation], name: str) -> Plot:
                 color=THEME["warm"],
                 linewidth=1.0,
                 linestyle=_REFERENCE_STYLES.get(reference_name, "-."),
-                label=label(reference_name),
+                label=reference_name,
             )
     _generation_axis(axes, run)
     axes.set_ylabel(axis(name))
@@ -280,7 +280,7 @@ def _curves(run: RunSummary) -> Plot | None:
         axes.plot([], [], color=colour, linestyle=style, label=text)
     for name in references.values():
         style = _REFERENCE_STYLES.get(name, "-.")
-        axes.plot([], [], color=THEME["warm"], linestyle=style, label=label(name))
+        axes.plot([], [], color=THEME["warm"], linestyle=style, label=name)
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte in training")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, handlelength=1.4)

@@ -80,7 +80,7 @@ td small { color: var(--muted); display: block; }
 .legend i { width: 10px; height: 10px; border-radius: 3px; display: inline-block; margin-right: 0.4rem; }
 .backbones {
   display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr));
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr));
 }
 .backbone:target { border-color: var(--accent); box-shadow: 0 0 0 2px var(--accent); }
 .backbone .numbers { color: var(--muted); font-size: 0.86rem; margin: 0; }

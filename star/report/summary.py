@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from star.report.numbers import count, difference, label, value
+from star.report.numbers import count, difference, value
 from star.search.directory import RunDirectory
 from star.search.errors import RunDamaged
 from star.search.front import (
@@ -25,7 +25,7 @@ from star.targets import best
 
 __all__ = ["Comparison", "RunSummary", "read_run"]
 
-MAIN_REFERENCE = "transformer_pp"
+MAIN_REFERENCE = "Transformer++"
 
 LARGEST = 1e100
 """No measured value is larger; beyond it, axes overflow."""
@@ -56,7 +56,7 @@ class Comparison:
 
     def sentence(self, champion: Evaluation | None) -> str:
         """Whether the best candidate beats the reference in quality, in words."""
-        name = label(self.name)
+        name = self.name
         if not self.reference.ok:
             return f"{name} failed under the proxy, so there is nothing to compare with."
         if self.quality is None or champion is None:
@@ -82,7 +82,7 @@ class Comparison:
         if not parts:
             return ""
         listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-        return f"At no worse quality than {label(self.name)}, the search found {listed}."
+        return f"At no worse quality than {self.name}, the search found {listed}."
 
 
 @dataclass(frozen=True)
