@@ -1,4 +1,4 @@
-"""A small model with the two things that training asks of one: `hidden` and `head_weight`."""
+"""Small settings, and a small model with what training asks of one: `hidden` and `head_weight`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from star.config import ModelConfig
+from star.proxy import ProxySettings
+
+CONFIG = ModelConfig(width=16, head_dim=4)
+SETTINGS = ProxySettings(
+    steps=12, batch_size=2, length=32, warmup_steps=2, learning_rate=3e-3, validation_batches=2, threads=1
+)
 
 
 class StandIn(nn.Module):
