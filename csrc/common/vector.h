@@ -4,6 +4,10 @@
 
 #include <cstdint>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace star {
 namespace STAR_LEVEL {
 
@@ -23,6 +27,18 @@ inline Vector load(const float* from) { return *reinterpret_cast<const LooseVect
 inline void store(float* to, Vector value) { *reinterpret_cast<LooseVector*>(to) = value; }
 inline Vector broadcast(float value) { return value - Vector{}; }
 
+// a > b ? a : b and a < b ? a : b by lane: b where either is NaN. Compilers make compare and blend of those.
+#if defined(__AVX512F__)
+inline Vector larger(Vector a, Vector b) { return _mm512_max_ps(a, b); }
+inline Vector smaller(Vector a, Vector b) { return _mm512_min_ps(a, b); }
+#elif defined(__AVX2__)
+inline Vector larger(Vector a, Vector b) { return _mm256_max_ps(a, b); }
+inline Vector smaller(Vector a, Vector b) { return _mm256_min_ps(a, b); }
+#else
+inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+inline Vector smaller(Vector a, Vector b) { return a < b ? a : b; }
+#endif
+
 // The sum over lanes, in an order that depends on the number of lanes alone.
 inline float sum_lanes(Vector value) {
   float sums[lanes];
@@ -35,8 +51,7 @@ inline float sum_lanes(Vector value) {
 // 2^x to a relative 1e-7. Above 128 infinity; below -126 it stays at 2^-126, which no float32 sum notices.
 inline Vector exponential2(Vector x) {
   constexpr float whole_numbers = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-  x = x < -126.0f ? broadcast(-126.0f) : x;
-  x = x > 128.0f ? broadcast(128.0f) : x;
+  x = smaller(broadcast(128.0f), larger(broadcast(-126.0f), x));  // NaN stays NaN
   const Vector shifted = x + whole_numbers;
   const Vector r = x - (shifted - whole_numbers);
   // 2^r = 1 + r q(r) on [-1/2, 1/2], q of least maximal error: 2e-9 beside float32's own rounding.

@@ -95,16 +95,19 @@ template <int NB, bool READ>
 void advance(const float* A, const float* B, int64_t B_stride, const float* C, int64_t C_stride,
              const float* delta, const float* u, float* y, float* state, int64_t tokens) {
   Vector h[NB];
+#pragma GCC unroll 16
   for (int n = 0; n < NB; ++n) h[n] = load(state + n * most);
   for (int64_t t = 0; t < tokens; ++t) {
     const Vector delta_t = load(delta + t * most), u_t = load(u + t * most);
     Vector sum = READ ? load(y + t * most) : Vector{};
+#pragma GCC unroll 16
     for (int n = 0; n < NB; ++n) {
       h[n] = exponential2(delta_t * load(A + n * most)) * h[n] + u_t * B[t * B_stride + n];
       if (READ) sum += h[n] * C[t * C_stride + n];
     }
     if (READ) store(y + t * most, sum);
   }
+#pragma GCC unroll 16
   for (int n = 0; n < NB; ++n) store(state + n * most, h[n]);
 }
 
@@ -204,10 +207,12 @@ template <int NB>
 void recompute(const float* A, const float* B, int64_t B_stride, const float* C, int64_t C_stride,
                const float* delta, const float* u, float* y, const float* state, int64_t tokens, Kept& kept) {
   Vector h[NB];
+#pragma GCC unroll 16
   for (int n = 0; n < NB; ++n) store(kept.h + n * lanes, h[n] = load(state + n * most));
   for (int64_t t = 0; t < tokens; ++t) {
     const Vector delta_t = load(delta + t * most), u_t = load(u + t * most);
     Vector sum = load(y + t * most);
+#pragma GCC unroll 16
     for (int n = 0; n < NB; ++n) {
       const Vector a = exponential2(delta_t * load(A + n * most));
       h[n] = a * h[n] + u_t * B[t * B_stride + n];
@@ -224,11 +229,13 @@ template <int NB>
 void retrace(const float* A, const float* B, int64_t B_stride, const float* C, int64_t C_stride,
              const Staged& staged, int64_t v, float* carry, float* dA, int64_t tokens, Kept& kept) {
   Vector g[NB], dA_n[NB];
+#pragma GCC unroll 16
   for (int n = 0; n < NB; ++n) g[n] = load(carry + n * most), dA_n[n] = load(dA + n * most);
   for (int64_t t = tokens - 1; t >= 0; --t) {
     const int64_t at = t * most + v;
     const Vector dy = load(staged.dy + at), u = load(staged.u + at), delta = load(staged.delta + at);
     Vector du = load(staged.du + at), ddelta = load(staged.ddelta + at);
+#pragma GCC unroll 16
     for (int n = 0; n < NB; ++n) {
       const int64_t k = (t * NB + n) * lanes;
       const Vector dh = g[n] + dy * C[t * C_stride + n];
@@ -243,6 +250,7 @@ void retrace(const float* A, const float* B, int64_t B_stride, const float* C, i
     store(staged.du + at, du);
     store(staged.ddelta + at, ddelta);
   }
+#pragma GCC unroll 16
   for (int n = 0; n < NB; ++n) store(carry + n * most, g[n]), store(dA + n * most, dA_n[n]);
 }
 
