@@ -1,16 +1,25 @@
-"""The evaluator of every real search: genome in, costs and the proxy's verdict out. Runs in the workers."""
+"""The evaluator of every real search: genome in, costs and the proxy's verdict out. Runs in the workers.
+
+What training needs is imported here and not on first use: an installation that lacks something must stop
+the search when its first worker starts, not fail one candidate after another.
+"""
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import star.model
+import star.training  # noqa: F401
+from star import cost
+from star.data import Corpus
+from star.genome import Genome
+from star.proxy import train_candidate
 from star.search.corpus import CorpusRecord, open_recorded
 from star.search.errors import RunError, is_disk_full
 from star.search.settings import SearchSettings
-
-if TYPE_CHECKING:
-    from star.data import Corpus
+from star.search.store import canonical_json
 
 __all__ = ["evaluate"]
 
@@ -35,11 +44,7 @@ def evaluate(
         RunError: the corpus is not the one that the search began with, or fits no candidate.
         OSError: there is no room for the weights.
     """
-    from star import cost
-    from star.genome import Genome
-    from star.proxy import train_candidate
-
-    search, corpus = _prepared(_hashable(settings))
+    search, corpus = _prepared(canonical_json(settings))
     genome = Genome.parse(genome_text)
     try:
         outcome = train_candidate(genome, search.model, search.proxy, corpus, save_to=weights_path)
@@ -59,17 +64,9 @@ def evaluate(
     return result
 
 
-def _hashable(settings: dict[str, Any]) -> str:
-    from star.search.store import canonical_json
-
-    return canonical_json(settings)
-
-
 @lru_cache(maxsize=1)
 def _prepared(settings_text: str) -> tuple[SearchSettings, Corpus]:
     """Settings and corpus, once a worker process."""
-    import json
-
     settings = json.loads(settings_text)
     record = CorpusRecord(**settings.pop("corpus"))
     search = SearchSettings.from_json(settings)

@@ -96,7 +96,7 @@ def evolve(settings: SearchSettings, edges: Edges) -> RunFinished:
             exhausted = True
             break
         requests = number(proposals, known, generation, settings)
-        for evaluation in assess(requests, record, known, settings, edges, clock):
+        for evaluation in assess(generation, requests, record, known, settings, edges, clock):
             known[evaluation.key] = evaluation
         with clock.timing("select"):
             survivors = tuple(genome.key for genome in evolution.select(known))
@@ -130,6 +130,7 @@ def number(
 
 
 def assess(
+    generation: int,
     requests: Iterable[Request],
     record: Mapping[str, Evaluation],
     known: Mapping[str, Evaluation],
@@ -147,7 +148,7 @@ def assess(
         else:
             _require_same(stored, request)
             yield stored
-    edges.listener(GenerationStarted(max((r.generation or 0 for r in requests), default=0), len(new)))
+    edges.listener(GenerationStarted(generation, len(new)))
     if not new:
         return
     best = front(known.values(), settings.objectives)

@@ -166,7 +166,7 @@ class RunStore:
         if path.is_symlink():
             raise RunDamaged(f"{path} is a symbolic link: a run directory must hold its own files")
         if not path.is_file() or path.stat().st_size == 0:
-            raise RunError(f"{path.parent} holds no search: begin one with star search --out {path.parent}")
+            raise RunError(f"{path.parent} holds no search: begin one with: star search {path.parent}")
         with _translated(path):
             connection = _connect(path, write=write)
             try:
@@ -399,7 +399,7 @@ def _schema(connection: sqlite3.Connection) -> set[str]:
 def _check(path: Path, connection: sqlite3.Connection) -> None:
     schema = _schema(connection)
     if not schema:
-        raise RunError(f"{path.parent} holds no search: begin one with star search --out {path.parent}")
+        raise RunError(f"{path.parent} holds no search: begin one with: star search {path.parent}")
     if schema != set(_SCHEMA):
         raise RunDamaged(f"{path} is not the record of a search (or of another version of star)")
     problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]

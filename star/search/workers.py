@@ -127,6 +127,7 @@ class LocalEngine:
     def close(self) -> None:
         for worker in self._workers:
             worker.kill()
+            worker.forget()
         self._workers.clear()
 
     def _hand_out(self, waiting: deque[Task]) -> None:
@@ -168,7 +169,7 @@ class LocalEngine:
             RunError: workers die again and again before they can be given anything.
         """
         self._workers.remove(worker)
-        reason = worker.kill()
+        reason = worker.end()
         if not worker.started:
             self._failed_starts += 1
             if self._failed_starts >= _STARTS_THAT_MAY_FAIL:
@@ -226,15 +227,17 @@ class _Worker:
             return None
         return message if isinstance(message, dict) else None
 
-    def kill(self) -> str:
-        """Make sure that the process and its children are gone; how it ended, in words."""
-        status = self.process.poll()
-        if status is None:
-            # A worker that only closed its connection is about to end by itself: learn how.
-            try:
-                status = self.process.wait(timeout=0 if self.task is None else 1)
-            except subprocess.TimeoutExpired:
-                status = None
+    def end(self) -> str:
+        """Wait for a worker that has closed its connection; how it ended, in words."""
+        try:
+            status = self.process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            status = None
+        self.kill()
+        return _describe_end(status)
+
+    def kill(self) -> None:
+        """Make sure that the process and its children are gone."""
         with contextlib.suppress(ProcessLookupError, PermissionError):  # no such group any more
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -242,7 +245,6 @@ class _Worker:
         if self._lifeline >= 0:
             os.close(self._lifeline)
             self._lifeline = -1
-        return _describe_end(status)
 
     def last_words(self) -> str:
         """The last line that it printed, as " (line)", or nothing."""

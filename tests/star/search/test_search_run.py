@@ -424,32 +424,28 @@ def test_a_worker_without_room_stops_the_run_which_goes_on_later(tmp_path: Path)
 
 
 def test_a_record_without_room_stops_the_run_which_goes_on_later(
-    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from star.search import store as store_module
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    settings = small_settings(generations=6)
+    begin(whole, settings=settings)
+    insert = RunStore._insert
+    calls = 0
 
-    connect = store_module._connect
-    with RunStore.open(whole) as store:
-        pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
+    def insert_until_full(self: RunStore, *row: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 9:  # no page more than there are
+            self._connection.execute("PRAGMA max_page_count = 1")
+        insert(self, *row)
 
-    def small(path: Path, *, write: bool) -> Any:
-        connection = connect(path, write=write)
-        connection.execute(f"PRAGMA max_page_count = {pages - 2}")
-        return connection
-
-    folder = tmp_path / "run"
-    monkeypatch.setattr(store_module, "_connect", small)
-    refused(
-        lambda: begin(folder),
-        "no room on the disk to write",
-        "run.db",
-        f"star resume {folder}",
-        error=DiskFull,
-    )
-    refused(lambda: go_on(folder), "no room on the disk", error=DiskFull)
-    monkeypatch.setattr(store_module, "_connect", connect)
+    monkeypatch.setattr(RunStore, "_insert", insert_until_full)
+    words = ("no room on the disk to write", "run.db", f"star resume {folder}")
+    refused(lambda: begin(folder, settings=settings), *words, error=DiskFull)
+    refused(lambda: go_on(folder), *words, error=DiskFull)
+    monkeypatch.setattr(RunStore, "_insert", insert)
     with RunStore.open(folder) as store:
-        assert 0 < len(store.evaluations()) < 15
+        assert 0 < len(store.evaluations()) < 39
     go_on(folder)
     assert archive(folder) == archive(whole)
 

@@ -127,7 +127,7 @@ def test_a_file_that_was_left_empty_is_taken_over(tmp_path: Path) -> None:
 
 
 def test_a_missing_record(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="holds no search: begin one with star search"):
+    with pytest.raises(RunError, match="holds no search: begin one with: star search"):
         RunStore.open(tmp_path)
 
 
@@ -298,3 +298,12 @@ def test_canonical_json() -> None:
     assert canonical_json({"b": [1, 2.5, None], "a": "ä"}) == '{"a":"\\u00e4","b":[1,2.5,null]}'
     with pytest.raises(ValueError, match="Out of range"):
         canonical_json(float("inf"))
+
+
+def test_a_record_on_a_disk_that_can_not_be_written(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with RunStore.open(written) as store:
+        assert [evaluation.id for evaluation in store.evaluations()] == [0, 2]
+        with pytest.raises(RunError, match="readonly"):
+            store.append_event("no")
+    assert not written.with_name("run.db-wal").exists()
