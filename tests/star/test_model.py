@@ -5,21 +5,24 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from star import Genome, ModelConfig, baselines, build_model, pools
+from star import Genome, ModelConfig, baselines, build_model, cost, pools
 from star.genome import Gene, GenomeError
-from star.model import StarModel, lambda_init
+from star.model import StarModel, lambda_init, parameter_count
 from star.sampling import sample
 from star.sharing import resolve
 from star_kernels import linear_cross_entropy
+from star_kernels.cache import CacheTensor, LayerCache
 from star_kernels.layers import LivLayer
+from star_kernels.layers.projection import GroupProjection, OutputProjection
 
 CONFIG = ModelConfig(width=64, head_dim=16, vocab_size=50)
 EVERY_CLASS = Genome([Gene(entry.id) for entry in pools.all_classes()])
@@ -349,6 +352,89 @@ def test_baselines_train(name: str) -> None:
 
 
 # -------------------------------------------------------------------------------- mistakes and extensions
+
+
+class Average(LivLayer):
+    """A class of one's own: the mean of all tokens so far."""
+
+    groups = ("value",)
+
+    def __init__(
+        self,
+        dim: int,
+        decay: float,
+        *,
+        groups: tuple[str, ...],
+        featurizer: nn.Module | None,
+        device: torch.device | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(dim)
+        self.decay = decay
+        widths = dict.fromkeys(groups, dim)
+        own = None if featurizer else AverageFeaturizer(dim, widths, device=device, dtype=dtype)
+        self._set_featurizer(own, featurizer)
+        self.output = OutputProjection(dim, dim, device=device, dtype=dtype)
+
+    def operate(self, features: dict[str, Tensor], cache: LayerCache | None = None) -> Tensor:
+        value = features["value"]
+        total = value.new_zeros(value.shape[0], value.shape[2]) if cache is None else cache.tensors["state"]
+        sums = []
+        for token in value.unbind(1):
+            total = self.decay * total + token
+            sums.append(total)
+        if cache is not None:
+            cache.tensors["state"].copy_(total)
+        return torch.stack(sums, dim=1)
+
+    def cache_tensors(self, max_length: int, shared: tuple[str, ...] = ()) -> list[CacheTensor]:
+        return [CacheTensor("state", (self.dim,), "state")]
+
+
+class AverageFeaturizer(GroupProjection):
+    def forward(
+        self, x: Tensor, names: tuple[str, ...], cache: LayerCache | None = None
+    ) -> dict[str, Tensor]:
+        return super().forward(x, names)
+
+
+def average_cost(entry: pools.LivClass, config: ModelConfig) -> cost.LivCost:
+    d = config.width
+    return cost.LivCost(
+        featurizer={"value": d * d},
+        own=d * d,
+        cache=(cost.CachePiece("state", "state", d),),
+        feature_flops={"value": 2 * d * d},
+        operator_flops=lambda length: length * (2 * d * d + 2 * d),
+    )
+
+
+def test_a_class_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer, one entry: it is built, shared, decoded and counted like the others."""
+    monkeypatch.setattr(pools, "_registry", dict(pools._registry))
+    pools.register(
+        pools.LivClass(
+            id=90,
+            name="Average",
+            family="average",
+            operator=pools.OperatorGenome(9, 4, 1, 1, 1),
+            featurizer=(pools.FeatureGroup("value", 1, 1, 1, 2, Fraction(1)),),
+            shareable=("value",),
+            differential=False,
+            layer=f"{__name__}:Average",
+            layer_arguments={"decay": 0.9},
+            cost=f"{__name__}:average_cost",
+            summary="mean of all tokens so far",
+        )
+    )
+    genome = Genome.parse("90.1.2.1.1-90.1.2.1.2-11111-90.1.1.1.2")
+    model = build_model(genome, CONFIG, seed=0, dtype=torch.float64)
+    assert cost.parameters(genome, CONFIG) == parameter_count(model)
+    cache = model.allocate_cache(2, 6, torch.float32)
+    assert cost.cache_bytes(genome, CONFIG, 6, torch.float32) * 2 == cache.nbytes
+    ids = token_ids(6)
+    pieces = [model.hidden(piece, cache) for piece in ids.split([2, 1, 1, 2], dim=1)]
+    assert_close(torch.cat(pieces, dim=1), model.hidden(ids), 1e-5)
 
 
 def test_an_invalid_genome_is_refused() -> None:
