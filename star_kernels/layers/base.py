@@ -142,8 +142,9 @@ class LivLayer(nn.Module):
         Args:
             batch: number of sequences.
             max_length: tokens there shall be room for.
-            dtype: of keys, values, histories and convolution tails; by default the weights'. States of
-                recurrences are float32 always.
+            dtype: of keys, values, histories and convolution tails; by default the weights'. Another dtype
+                than the activations' saves memory and costs a conversion at every call. States of recurrences
+                are float32 at least.
             device: by default the weights'.
             source: cache of the layer whose features are used, where some are.
             shared: the feature groups taken from it; tensors made of them alone are the source's own.

@@ -36,6 +36,7 @@ class GroupProjection(nn.Linear):
         self.widths = dict(widths)
         super().__init__(dim, sum(widths.values()), bias=False, device=device, dtype=dtype)
         ends = list(accumulate(widths.values()))
+        self._known_runs: dict[tuple[str, ...], list[tuple[list[str], list[int]]]] = {}
         self._rows = {name: (end - widths[name], end) for name, end in zip(widths, ends, strict=True)}
 
     def reset_parameters(self) -> None:
@@ -62,14 +63,16 @@ class GroupProjection(nn.Linear):
 
     def forward(self, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:  # type: ignore[override]
         """The named groups, given in the order of the rows, each (..., its width)."""
+        names = tuple(names)
+        if names not in self._known_runs:
+            self._known_runs[names] = self._runs(names)
         features: dict[str, Tensor] = {}
-        for run in self._runs(names):
-            pieces = self.fused(x, run).split([self.widths[name] for name in run], dim=-1)
-            features.update(zip(run, pieces, strict=True))
+        for run, widths in self._known_runs[names]:
+            features.update(zip(run, self.fused(x, run).split(widths, dim=-1), strict=True))
         return features
 
-    def _runs(self, names: Sequence[str]) -> list[list[str]]:
-        """The names, cut where rows of another group lie between two of them."""
+    def _runs(self, names: Sequence[str]) -> list[tuple[list[str], list[int]]]:
+        """The names, cut where rows of another group lie between two of them, and the widths of each."""
         runs: list[list[str]] = []
         for name in names:
             adjoins = runs and self.rows(runs[-1]).stop == self.rows([name]).start
@@ -77,7 +80,7 @@ class GroupProjection(nn.Linear):
                 runs[-1].append(name)
             else:
                 runs.append([name])
-        return runs
+        return [(run, [self.widths[name] for name in run]) for run in runs]
 
 
 class OutputProjection(nn.Linear):

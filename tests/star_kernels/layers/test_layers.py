@@ -239,7 +239,7 @@ def test_shared_featurizer_is_the_very_module(case: Case) -> None:
 
 @each_layer
 def test_given_features_are_used_as_they_are(case: Case) -> None:
-    """For every choice of groups, a layer that makes only the others computes what one that makes all does."""
+    """For every choice of groups, a layer without their weights computes what one with all of them does."""
     whole, x, other = case.make(), tokens(), tokens(MAX_LENGTH + 1)[:, 1:]
     lent = whole.featurize(other)
     for choice in range(1, 1 << len(case.shareable)):
