@@ -10,6 +10,20 @@
 STABLE_TORCH_LIBRARY(star_kernels, m) {
   m.def("_empty(Tensor x) -> Tensor");  // does nothing: what dispatching an operator costs at least
 
+  // attention; window 0 and softcap 0 mean none
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, bool causal, int window, float scale, float softcap, "
+      "Tensor? cu_seqlens) -> Tensor");
+  m.def(
+      "attention_backward(Tensor dy, Tensor q, Tensor k, Tensor v, bool causal, int window, float scale, "
+      "float softcap, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "diff_attention(Tensor q1, Tensor k1, Tensor q2, Tensor k2, Tensor v, Tensor lam, bool causal, int window, "
+      "float scale) -> Tensor");
+  m.def(
+      "diff_attention_backward(Tensor dy, Tensor q1, Tensor k1, Tensor q2, Tensor k2, Tensor v, Tensor lam, "
+      "bool causal, int window, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
   // convolution
   m.def(
       "short_conv(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state, "
@@ -71,6 +85,26 @@ STABLE_TORCH_LIBRARY(star_kernels, m) {
   m.def(
       "selective_scan_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor(a!) state, Tensor? D, "
       "Tensor? z, Tensor? dt_bias, bool dt_softplus) -> Tensor");
+  m.def(
+      "gated_linear_attention(Tensor q, Tensor k, Tensor v, Tensor? log_decay, float scale, "
+      "Tensor? initial_state, Tensor? cu_seqlens) -> (Tensor, Tensor)");
+  m.def(
+      "gated_linear_attention_backward(Tensor dy, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, "
+      "Tensor? log_decay, float scale, Tensor? initial_state, Tensor? cu_seqlens) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "gated_linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor(a!) state, "
+      "float scale) -> Tensor");
+  m.def(
+      "gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? log_decay, float scale, "
+      "Tensor? initial_state, Tensor? cu_seqlens) -> (Tensor, Tensor)");
+  m.def(
+      "gated_delta_rule_backward(Tensor dy, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor beta, "
+      "Tensor? log_decay, float scale, Tensor? initial_state, Tensor? cu_seqlens) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "gated_delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? log_decay, Tensor(a!) state, "
+      "float scale) -> Tensor");
 }
 
 static torch::stable::Tensor empty_operator(torch::stable::Tensor x) { return x; }

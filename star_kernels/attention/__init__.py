@@ -13,6 +13,8 @@ for _name in ("attention", "diff_attention", "attention_decode"):
     dispatch.register(_name, "reference", getattr(reference, _name))
 for _name in ("attention", "diff_attention"):
     dispatch.register(_name, "torch", getattr(fused, _name), dtypes=dispatch.KERNEL_DTYPES)
+if dispatch.load_compiled():
+    from star_kernels.attention import compiled as compiled
 
 
 def attention(
@@ -56,6 +58,7 @@ def attention(
     call.tensor("k", k, "B Lk Hkv Dh")
     call.tensor("v", v, "B Lk Hkv Dv")
     call.multiple("H", "Hkv")
+    call.at_least("Dh", 1)
     _check_visibility(call, causal, window, scale)
     call.optional_number("softcap", softcap, above=0.0)
     if cu_seqlens is not None:
@@ -106,6 +109,7 @@ def diff_attention(
     call.tensor("k2", k2, "B Lk Hkv Dh")
     call.tensor("v", v, "B Lk Hkv Dv")
     call.multiple("H", "Hkv")
+    call.at_least("Dh", 1)
     is_scalar = isinstance(lam, Tensor) and lam.dim() == 0
     call.parameter("lam", lam, "" if is_scalar else "H")
     _check_visibility(call, causal, window, scale)
@@ -149,6 +153,7 @@ def attention_decode(
     call.tensor("k_cache", k_cache, "B Lmax Hkv Dh")
     call.tensor("v_cache", v_cache, "B Lmax Hkv Dv")
     call.multiple("H", "Hkv")
+    call.at_least("Dh", 1)
     call.integers("lengths", lengths, "B", (torch.int32,))
     if lengths.device.type == "cpu" and holds_values(lengths):
         for length in lengths.tolist():
