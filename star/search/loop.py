@@ -4,6 +4,7 @@
     number      proposals get ids and origins, in the order of asking
     assess      each is looked up in the record, or trained by a worker and recorded
     evaluated   what a worker answers, as an evaluation
+    conclude    the survivors are recorded, weights that nobody needs are deleted
 
 `Evolution` (NSGA-II) holds the population; `Edges` are the places where the search touches the world.
 
@@ -51,6 +52,26 @@ class Edges:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What the record held when this process began, and what the search has asked for until now.
+
+    `record` may be ahead of `known`: those candidates are looked up when the loop comes to ask for them.
+    """
+
+    record: Mapping[str, Evaluation]
+    populations: Sequence[tuple[str, ...]]
+    known: dict[str, Evaluation] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, store: RunStore) -> Memory:
+        return cls({item.key: item for item in store.evaluations()}, store.populations())
+
+    def replays(self, generation: int) -> bool:
+        """Whether the record holds the generation's survivors."""
+        return generation < len(self.populations)
+
+
+@dataclass(frozen=True)
 class Request:
     """A candidate that the search asks for. `generation` is None for one that only serves as a reference."""
 
@@ -83,10 +104,8 @@ class Clock:
 def evolve(settings: SearchSettings, edges: Edges) -> RunFinished:
     """Run all generations, or what the record does not hold of them."""
     began = time.perf_counter()
-    record = {evaluation.key: evaluation for evaluation in edges.store.evaluations()}
-    populations = edges.store.populations()
+    memory = Memory.of(edges.store)
     evolution = Evolution(settings)
-    known: dict[str, Evaluation] = {}
     exhausted = False
     for generation in range(settings.generations):
         clock = Clock()
@@ -95,18 +114,18 @@ def evolve(settings: SearchSettings, edges: Edges) -> RunFinished:
         if not proposals:
             exhausted = True
             break
-        requests = number(proposals, known, generation, settings)
-        for evaluation in assess(generation, requests, record, known, settings, edges, clock):
-            known[evaluation.key] = evaluation
+        requests = number(proposals, generation, memory.known, settings)
+        for evaluation in assess(requests, generation, memory, settings, edges, clock):
+            memory.known[evaluation.key] = evaluation
         with clock.timing("select"):
-            survivors = tuple(genome.key for genome in evolution.select(known))
-        _close_generation(generation, survivors, populations, record, known, settings, edges, clock)
-    _require_nothing_else(record, known, populations, settings)
-    return _finish(known, settings, edges, time.perf_counter() - began, exhausted)
+            survivors = tuple(genome.key for genome in evolution.select(memory.known))
+        conclude(generation, survivors, memory, settings, edges, clock)
+    _require_nothing_else(memory, settings)
+    return _finish(memory.known, settings, edges, time.perf_counter() - began, exhausted)
 
 
 def number(
-    proposals: Sequence[Genome], known: Mapping[str, Evaluation], generation: int, settings: SearchSettings
+    proposals: Sequence[Genome], generation: int, known: Mapping[str, Evaluation], settings: SearchSettings
 ) -> list[Request]:
     """Requests for what has not been asked for before; in generation 0, the references come first."""
     layouts = {name: layout(settings.depth) for name, layout in BASELINES.items()}
@@ -130,19 +149,18 @@ def number(
 
 
 def assess(
+    requests: Sequence[Request],
     generation: int,
-    requests: Iterable[Request],
-    record: Mapping[str, Evaluation],
-    known: Mapping[str, Evaluation],
+    memory: Memory,
     settings: SearchSettings,
     edges: Edges,
     clock: Clock,
 ) -> Iterator[Evaluation]:
     """The evaluation of each request: first those in the record, then the others as they are trained."""
     new: dict[int, Request] = {}
-    recorded_ids = {evaluation.id: evaluation for evaluation in record.values()}
+    recorded_ids = {evaluation.id: evaluation for evaluation in memory.record.values()}
     for request in requests:
-        stored = record.get(request.genome.key) or recorded_ids.get(request.id)
+        stored = memory.record.get(request.genome.key) or recorded_ids.get(request.id)
         if stored is None:
             new[request.id] = request
         else:
@@ -151,8 +169,8 @@ def assess(
     edges.listener(GenerationStarted(generation, len(new)))
     if not new:
         return
-    best = front(known.values(), settings.objectives)
-    finished = len(known)
+    best = front(memory.known.values(), settings.objectives)
+    finished = len(memory.known)
     for id, result in edges.engine.evaluate([_task(request, settings, edges) for request in new.values()]):
         evaluation = evaluated(new[id], result, settings.objectives)
         with clock.timing("store"):
@@ -198,30 +216,28 @@ def _task(request: Request, settings: SearchSettings, edges: Edges) -> Task:
     return Task(request.id, request.genome.key, None if path is None else str(path))
 
 
-def _close_generation(
+def conclude(
     generation: int,
     survivors: tuple[str, ...],
-    populations: Sequence[tuple[str, ...]],
-    record: Mapping[str, Evaluation],
-    known: Mapping[str, Evaluation],
+    memory: Memory,
     settings: SearchSettings,
     edges: Edges,
     clock: Clock,
 ) -> None:
     """Record the survivors (or see that they are the recorded ones), and keep only useful weights."""
-    replayed = generation < len(populations)
-    if replayed and populations[generation] != survivors:
+    replayed = memory.replays(generation)
+    if replayed and memory.populations[generation] != survivors:
         raise RunDamaged(
             f"population {generation} of the record is not what its settings and evaluations lead to: "
             "the record is damaged, or another version of numpy or pymoo draws differently"
         )
     with clock.timing("select"):
-        best = front(known.values(), settings.objectives)
-        volume = hypervolume(known.values(), settings.objectives, generation)
+        best = front(memory.known.values(), settings.objectives)
+        volume = hypervolume(memory.known.values(), settings.objectives, generation)
     with clock.timing("store"):
         if not replayed:
             edges.store.append_population(generation, survivors)
-        edges.directory.keep_weights(_useful({**record, **known}.values(), settings))
+        edges.directory.keep_weights(_useful({**memory.record, **memory.known}.values(), settings))
     if not replayed:
         seconds = {f"{name}_seconds": value for name, value in clock.spent.items()}
         edges.store.append_event("generation", generation=generation, seconds=clock.seconds, **seconds)
@@ -270,16 +286,11 @@ def _require_same(stored: Evaluation, request: Request) -> None:
         )
 
 
-def _require_nothing_else(
-    record: Mapping[str, Evaluation],
-    known: Mapping[str, Evaluation],
-    populations: Sequence[tuple[str, ...]],
-    settings: SearchSettings,
-) -> None:
-    foreign = sorted(evaluation.id for key, evaluation in record.items() if key not in known)
+def _require_nothing_else(memory: Memory, settings: SearchSettings) -> None:
+    foreign = sorted(item.id for key, item in memory.record.items() if key not in memory.known)
     if foreign:
         raise RunDamaged(f"evaluation {foreign[0]} of the record belongs to no generation of these settings")
-    if len(populations) > settings.generations:
+    if memory.replays(settings.generations):
         raise RunDamaged(
-            f"the record holds {len(populations)} generations, its settings have {settings.generations}"
+            f"the record holds {len(memory.populations)} generations, its settings {settings.generations}"
         )

@@ -450,7 +450,7 @@ def test_a_record_without_room_stops_the_run_which_goes_on_later(
     assert archive(folder) == archive(whole)
 
 
-@pytest.mark.parametrize("kilobytes", [1, 8, 40, 60, 90])
+@pytest.mark.parametrize("kilobytes", [1, 40, 90])
 def test_every_file_may_be_the_one_without_room(tmp_path: Path, whole: Path, kilobytes: int) -> None:
     """A limit on the size of files makes any write beyond it fail with EFBIG, much as a full disk would."""
     folder = tmp_path / "run"
