@@ -55,7 +55,9 @@ def search(
     with run.locked():
         run.check()
         if RunStore.begun(run.database):
-            raise RunError(f"{run} already holds a search: continue it with star resume {run}")
+            raise RunError(f"{run} already holds a search: continue it with: star resume {run}")
+        if any(run.weights.iterdir()):  # a search deletes what it does not need there
+            raise RunError(f"{run.weights} is not empty, and no search of this directory has filled it")
         settings = replace(settings, data=settings.data.absolute())
         corpus = open_corpus(settings)
         settings = replace(settings, model=replace(settings.model, vocab_size=corpus.vocab_size))

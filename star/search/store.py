@@ -128,7 +128,7 @@ class RunStore:
             connection = _connect(path, write=True)
             if _schema(connection):
                 connection.close()
-                raise RunError(f"{path} already holds a search: continue it with star resume {path.parent}")
+                raise RunError(f"{path} already holds a search: continue it with: star resume {path.parent}")
             store = cls(path, connection)
             with store._transaction():
                 for statement in _SCHEMA:

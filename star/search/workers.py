@@ -120,6 +120,7 @@ class LocalEngine:
                         yield task.id, lost_twice(reason)
                 elif "result" in answer and worker.task is not None:
                     task, worker.task = worker.task, None
+                    self._hand_out(waiting)  # before the caller takes its time with the answer
                     yield task.id, answer["result"]
                 else:
                     self._heed(worker, answer)

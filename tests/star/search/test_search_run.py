@@ -171,6 +171,13 @@ def test_there_must_be_something_to_resume(tmp_path: Path) -> None:
     refused(lambda: begin(tmp_path / "file"), "can not be made")
 
 
+def test_other_peoples_weights_are_not_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "1.safetensors").write_text("precious")
+    refused(lambda: begin(tmp_path), "weights is not empty")
+    assert (tmp_path / "weights" / "1.safetensors").read_text() == "precious"
+
+
 def test_changed_settings_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     cut_short(folder, after=2)
@@ -467,9 +474,8 @@ def test_every_file_may_be_the_one_without_room(tmp_path: Path, whole: Path, kil
     )
     assert done.stderr == ""
     assert done.returncode == 0
-    if done.stdout:
-        assert done.stdout.startswith("DiskFull no room on the disk to write")
-        assert done.stdout.count("\n") == 1
+    assert done.stdout.startswith("DiskFull no room on the disk to write")
+    assert done.stdout.count("\n") == 1
     if RunStore.begun(folder / "run.db"):
         go_on(folder)
     else:

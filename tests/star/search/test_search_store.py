@@ -112,7 +112,7 @@ def test_no_nan_is_written(written: Path) -> None:
 
 
 def test_a_second_search_is_not_begun_over_a_first(written: Path) -> None:
-    with pytest.raises(RunError, match="already holds a search: continue it with star resume"):
+    with pytest.raises(RunError, match="already holds a search: continue it with: star resume"):
         RunStore.create(written, facts())
 
 
