@@ -77,7 +77,7 @@ def _attention(
     if window is not None and window >= max(queries, keys):
         window = None
     plain = window is None and cu_seqlens is None
-    square = causal and plain and queries == keys
+    square = bool(causal and plain and queries == keys)  # under compilation the comparison is symbolic
     mask = None
     if not plain or (causal and not square and queries > 1):
         mask = reference.visible_keys(q, k, causal, window, cu_seqlens)
