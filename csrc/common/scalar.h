@@ -6,17 +6,20 @@
 
 #include "types.h"
 
+// A loop vectorises only when all that it calls is inlined.
+#define STAR_INLINE inline __attribute__((always_inline))
+
 namespace star {
 namespace STAR_LEVEL {
 
-inline uint32_t float_bits(float value) { return __builtin_bit_cast(uint32_t, value); }
-inline float bits_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+STAR_INLINE uint32_t float_bits(float value) { return __builtin_bit_cast(uint32_t, value); }
+STAR_INLINE float bits_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 
-inline float to_float(float value) { return value; }
+STAR_INLINE float to_float(float value) { return value; }
 
-inline float to_float(bfloat16 value) { return bits_float(static_cast<uint32_t>(value.bits) << 16); }
+STAR_INLINE float to_float(bfloat16 value) { return bits_float(static_cast<uint32_t>(value.bits) << 16); }
 
-inline float to_float(float16 value) {
+STAR_INLINE float to_float(float16 value) {
   // Shift the half's exponent and mantissa into place and rescale by 2^112; halves below 2^-14 have no
   // exponent, and come out exactly by subtracting 0.5 from 0.5 + their mantissa.
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
@@ -31,15 +34,15 @@ inline float to_float(float16 value) {
 }
 
 template <class T>
-inline T from_float(float value);
+STAR_INLINE T from_float(float value);
 
 template <>
-inline float from_float<float>(float value) {
+STAR_INLINE float from_float<float>(float value) {
   return value;
 }
 
 template <>
-inline bfloat16 from_float<bfloat16>(float value) {
+STAR_INLINE bfloat16 from_float<bfloat16>(float value) {
   // Round to nearest even; a NaN keeps a mantissa bit so that it does not become an infinity.
   const uint32_t bits = float_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -48,7 +51,7 @@ inline bfloat16 from_float<bfloat16>(float value) {
 }
 
 template <>
-inline float16 from_float<float16>(float value) {
+STAR_INLINE float16 from_float<float16>(float value) {
   const uint32_t bits = float_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;

@@ -41,7 +41,8 @@ struct Prepared {
       call.c = keep_rows(*c, "c", {batch, length, width}, x);
     }
     transpose_weight(weight_tensor);
-    call.bias = nullptr;
+    zeros.assign(width, 0.0f);
+    call.bias = zeros.data();
     if (bias) {
       check_sizes(*bias, "bias", {width});
       kept.push_back(as_float(*bias));
@@ -51,7 +52,6 @@ struct Prepared {
       const Tensor same = torch::stable::contiguous(torch::stable::to(*state, x.scalar_type()));
       call.state = keep_rows(same, "initial_state", {sequences.count, taps - 1, width}, x);
     }
-    zeros.assign(width, 0.0f);
     fill_ones();
     call.zeros = zeros.data();
     call.ones = ones.data();

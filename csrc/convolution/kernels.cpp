@@ -72,16 +72,16 @@ void gather(const ShortConv& call, const Position& at, Window<T>& window) {
 }
 
 template <class T, bool gated>
-inline float source(const Window<T>& window, int64_t k, int64_t d) {
+STAR_INLINE float source(const Window<T>& window, int64_t k, int64_t d) {
   const float x = to_float(window.x[k][d]);
   return gated ? x * to_float(window.b[k][d]) : x;
 }
 
 // pre[d] for one row; TAPS 0 takes the number of taps from the call.
 template <class T, bool gated, int TAPS>
-inline float convolve(const ShortConv& call, const Window<T>& window, int64_t d) {
+STAR_INLINE float convolve(const ShortConv& call, const Window<T>& window, int64_t d) {
   const int64_t taps = TAPS ? TAPS : call.taps;
-  float sum = call.bias ? call.bias[d] : 0.0f;
+  float sum = call.bias[d];
   for (int64_t k = 0; k < taps; ++k) sum += call.weight[k * call.width + d] * source<T, gated>(window, k, d);
   return sum;
 }
@@ -124,7 +124,15 @@ void pre_gradient(const ShortConvBackward& call, const Position& at, Window<T>& 
     into[d] = g;
   }
   if (!accumulate) return;
-  // One pass a tap over rows that are in the first cache: a loop over taps inside would not vectorise.
+  if (TAPS) {
+#pragma GCC ivdep
+    for (int64_t d = 0; d < width; ++d) {
+      for (int64_t k = 0; k < TAPS; ++k) sums[k * width + d] += into[d] * source<T, gated>(window, k, d);
+      sums[TAPS * width + d] += into[d];
+    }
+    return;
+  }
+  // One pass a tap: a loop over a number of taps that the compiler does not know would not vectorise.
   for (int64_t k = 0; k < taps; ++k) {
     float* sum = sums + k * width;
 #pragma GCC ivdep

@@ -16,7 +16,7 @@ struct ShortConv {
   int64_t length, width, taps;
   Rows x, b, c, y;
   const float* weight;  // (K, D), transposed so that a tap's weights are contiguous
-  const float* bias;    // (D,) or null
+  const float* bias;    // (D,); zeros where there is none, so that loops need no branch and vectorise
   Rows state;           // contiguous (S, K-1, D); data is null where there is none
   const void* zeros;    // D zeros, and
   const void* ones;     // D ones, of the storage type
