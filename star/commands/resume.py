@@ -14,7 +14,9 @@ def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.")],
     workers: Annotated[int | None, typer.Option(min=1, help="Processes, if other than before.")] = None,
     engine: Annotated[str | None, typer.Option(help="local or ray, if other than before.")] = None,
-    with_report: Annotated[bool, typer.Option("--report/--no-report", help="Write the report.")] = True,
+    with_report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write the report.", show_default=False)
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Carry a search to its end. It finds what it would have found had it never been stopped.

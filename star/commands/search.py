@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from star.search.settings import SearchSettings
 
 _TEXT = "Text"
-_GOAL = "What to look for"
-_SIZE = "How much of it"
-_PROXY = "Training of each candidate"
+_SEARCH = "Search (as the preset says, where not given)"
+_PROXY = "Training of each candidate (as the preset says)"
 _DEFAULT_PRESET = "demo"
 
 
@@ -31,37 +30,35 @@ def _preset(help: str, panel: str, *names: str, **more: Any) -> Any:
 def search(
     run: Annotated[
         Path | None,
-        typer.Argument(metavar="[RUN]", help="A new run directory; runs/<date-time> by default."),
+        typer.Argument(metavar="RUN", help="A new run directory; runs/<date-time> by default."),
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="demo (minutes), laptop (an evening), paper.")
+        str, typer.Option(help="demo (minutes), laptop (hours) or paper.", show_default=False)
     ] = _DEFAULT_PRESET,
     data: Annotated[
         list[str] | None,
-        _preset("File, folder, JSONL, Parquet or dataset; repeatable. Python's own code by default.", _TEXT),
+        _preset("File, folder, JSONL, Parquet, dataset; repeatable.", _TEXT),
     ] = None,
     text_column: Annotated[str | None, _preset("Column of a table that holds the text.", _TEXT)] = None,
     tokenizer: Annotated[str | None, _preset("A tokenizers JSON file; bytes by default.", _TEXT)] = None,
     objectives: Annotated[
-        str | None, _preset("quality, size, cache, flops: one or more, with commas.", _GOAL)
+        str | None, _preset("quality, size, cache, flops: one or more, with commas.", _SEARCH)
     ] = None,
-    depth: Annotated[int | None, _preset("LIVs of a backbone.", _GOAL)] = None,
-    width: Annotated[int | None, _preset("Model width.", _GOAL)] = None,
-    head_dim: Annotated[int | None, _preset("Width of an attention head.", _GOAL)] = None,
-    classes: Annotated[str | None, _preset("Only these LIV classes, like 1,3,7-9.", _GOAL)] = None,
-    population: Annotated[int | None, _preset("Candidates of a generation.", _SIZE)] = None,
-    generations: Annotated[
-        int | None, _preset("Generations, the first random one among them.", _SIZE)
-    ] = None,
-    mutation_rate: Annotated[float | None, _preset("Chance that a position changes.", _SIZE)] = None,
-    tournament: Annotated[int | None, _preset("Contenders for each parent.", _SIZE)] = None,
-    seed: Annotated[int | None, _preset("Of every draw.", _SIZE)] = None,
+    depth: Annotated[int | None, _preset("LIVs of a backbone.", _SEARCH)] = None,
+    width: Annotated[int | None, _preset("Model width.", _SEARCH)] = None,
+    head_dim: Annotated[int | None, _preset("Width of an attention head.", _SEARCH)] = None,
+    classes: Annotated[str | None, _preset("Only these LIV classes, like 1,3,7-9.", _SEARCH)] = None,
+    population: Annotated[int | None, _preset("Candidates of a generation.", _SEARCH)] = None,
+    generations: Annotated[int | None, _preset("Generations with the first, random one.", _SEARCH)] = None,
+    mutation_rate: Annotated[float | None, _preset("Chance that a position changes.", _SEARCH)] = None,
+    tournament: Annotated[int | None, _preset("Contenders for each parent.", _SEARCH)] = None,
+    seed: Annotated[int | None, _preset("Of every draw.", _SEARCH)] = None,
     seed_baselines: Annotated[
         bool | None,
-        _preset("Begin with the known layouts too.", _SIZE, "--seed-baselines/--no-seed-baselines"),
+        _preset("Begin with the known layouts too.", _SEARCH, "--seed-baselines/--no-seed-baselines"),
     ] = None,
     references: Annotated[
-        bool | None, _preset("Train the known layouts to compare.", _SIZE, "--references/--no-references")
+        bool | None, _preset("Train the known layouts to compare.", _SEARCH, "--references/--no-references")
     ] = None,
     steps: Annotated[int | None, _preset("Optimizer steps.", _PROXY)] = None,
     batch_size: Annotated[int | None, _preset("Sequences a step.", _PROXY)] = None,
@@ -71,7 +68,9 @@ def search(
     dtype: Annotated[str | None, _preset("auto, float32 or bfloat16.", _PROXY)] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; one a core by default.")] = None,
     engine: Annotated[str | None, typer.Option(help="local or ray.")] = None,
-    with_report: Annotated[bool, typer.Option("--report/--no-report", help="Write the report.")] = True,
+    with_report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write the report.", show_default=False)
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Search for architectures, and write a report of what was found.

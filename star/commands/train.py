@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _MODEL = "Model"
 _TEXT = "Text"
 _EVALUATIONS = 20
+_FEWEST_STEPS = 100  # between evaluations, which cost as much as several steps
 
 
 def train(
@@ -39,7 +40,7 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Of weights and data order.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own by default.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; the run's, or 1.")] = None,
     depth: Annotated[int | None, typer.Option(help="LIVs of a baseline.", rich_help_panel=_MODEL)] = None,
     width: Annotated[
         int | None, typer.Option(help="Model width; 128, or the run's.", rich_help_panel=_MODEL)
@@ -75,13 +76,15 @@ def train(
                 "batch_size": batch_size,
                 "length": length,
                 "learning_rate": learning_rate,
-                "evaluate_every": max(1, steps // _EVALUATIONS) if evaluate_every is None else evaluate_every,
+                "evaluate_every": max(_FEWEST_STEPS, steps // _EVALUATIONS)
+                if evaluate_every is None
+                else evaluate_every,
                 "seed": seed,
                 "device": device,
                 "dtype": dtype,
+                "threads": threads,
             },
         )
-        settings = replace(settings, threads=threads)
         text = DataSettings() if chosen.settings is None else chosen.settings.data
         given: dict[str, Any] = {
             "source": tuple(data) if data else None,

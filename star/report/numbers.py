@@ -10,9 +10,15 @@ from star.search.objectives import OBJECTIVES
 if TYPE_CHECKING:
     from star.search.store import Evaluation
 
-__all__ = ["axis", "count", "difference", "duration", "measured_objectives", "title", "value"]
+__all__ = ["axis", "change", "count", "difference", "duration", "measured_objectives", "title", "value"]
 
 _TITLES = {"quality": "bits per byte", "size": "parameters", "cache": "cache", "flops": "FLOPs"}
+_AXES = {
+    "quality": "held-out bits per byte",
+    "size": "parameters",
+    "cache": "cache (bytes)",
+    "flops": "forward pass (FLOPs)",
+}
 _DECIMAL = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -23,10 +29,7 @@ def title(objective: str) -> str:
 
 def axis(objective: str) -> str:
     """An objective with its unit, for an axis."""
-    if objective == "quality":
-        return "held-out bits per byte"
-    known = OBJECTIVES.get(objective)
-    return objective if known is None or known.unit == title(objective) else f"{objective} ({known.unit})"
+    return _AXES.get(objective, objective)
 
 
 def measured_objectives(evaluations: Iterable[Evaluation], searched: Sequence[str]) -> list[str]:
@@ -51,6 +54,13 @@ def value(objective: str, number: float | None) -> str:
     return _scaled(number)
 
 
+def change(new: float, old: float) -> str:
+    """How much less or more, relative and short: "−13.2 %"; "±0 %" below a twentieth of a per cent."""
+    text = difference(new, old)
+    amount, _, direction = text.rpartition(" ")
+    return f"{'−' if direction == 'less' else '+'}{amount}" if amount else "±0 %"
+
+
 def count(number: int, noun: str) -> str:
     """ "1 candidate", "3 candidates"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
@@ -68,13 +78,15 @@ def difference(new: float, old: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """ "0.4 s", "12 s", "3 min 20 s", "2 h 05 min"."""
+    """ "0.4 s", "12 s", "3 min 20 s", "18 min", "2 h 05 min"."""
     if seconds < 9.95:
         return f"{max(0.0, seconds):.1f} s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     minutes, rest = divmod(whole, 60)
+    if 10 <= minutes < 60:
+        return f"{minutes} min"
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(minutes, 60)

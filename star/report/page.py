@@ -11,7 +11,7 @@ from star.draw import FAMILY_COLOURS, family_colour
 from star.genome import Genome, GenomeError
 from star.report.figures import svg
 from star.report.html import Html, element, join
-from star.report.numbers import count, difference, duration, measured_objectives, title, value
+from star.report.numbers import change, count, difference, duration, measured_objectives, title, value
 from star.report.plots import Plot
 from star.report.style import CSS
 from star.report.summary import MAIN_REFERENCE, RunSummary
@@ -126,8 +126,8 @@ def _cards(run: RunSummary) -> list[Html]:
         for comparison in run.comparisons:
             if comparison.name == MAIN_REFERENCE and comparison.quality is not None:
                 theirs = comparison.reference.objectives["quality"]
-                relative = difference(run.champion.objectives["quality"], theirs)
-                facts.append((relative, f"bits than {comparison.name}"))
+                relative = change(run.champion.objectives["quality"], theirs)
+                facts.append((relative, f"bits per byte against {comparison.name}"))
     known = [volume for volume in run.hypervolumes if volume is not None]
     if len(known) > 1 and known[0] > 0:
         facts.append((f"×{known[-1] / known[0]:.2f}", "hypervolume since generation 1"))
@@ -256,7 +256,8 @@ def _backbones(run: RunSummary, backbones: Mapping[int, str]) -> Html | None:
     return _section(
         "Backbones of the front",
         "From the embedding (top) to the logits. Lines on the left join LIVs that use the same featurizer "
-        f"weights; arrows on the right lead from features to the LIVs that reuse them.{note}",
+        f"weights; arrows on the right lead from features to the LIVs that reuse them; a double bar marks "
+        f"differential classes.{note}",
         element("div", *(_backbone(item, run, backbones[item.id]) for item in shown), class_="backbones"),
         id="backbones",
     )

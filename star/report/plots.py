@@ -272,7 +272,7 @@ def _curves(run: RunSummary) -> Plot | None:
             _curve(axes, points, THEME["warm"], 1.4, style, 1.0)
     steps = max(points[-1][0] for _, points in drawn)
     # The fall of the first steps would flatten the rest.
-    late = [loss for _, points in drawn for step, loss, _ in points if step >= 0.15 * steps]
+    late = [loss for _, points in drawn for step, loss, _ in points if step >= 0.3 * steps]
     if late and max(late) > min(late):
         room = 0.06 * (max(late) - min(late))
         axes.set_ylim(min(late) - room, max(late) + room)

@@ -55,6 +55,8 @@ figure {
   margin: 1rem 0 0; border: 1px solid var(--line); border-radius: 12px; padding: 1rem 1rem 0.9rem;
   min-width: 0;
 }
+.grid, .backbones { margin-top: 1rem; }
+.grid figure, .backbones figure { margin: 0; }
 figure svg { display: block; width: 100%; height: auto; margin: 0.3rem 0; }
 svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif !important; }
 figcaption { color: var(--muted); font-size: 0.86rem; line-height: 1.45; }

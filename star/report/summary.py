@@ -64,6 +64,8 @@ class Comparison:
         ours, theirs = champion.objectives["quality"], self.reference.objectives["quality"]
         numbers = f"{value('quality', ours)} against {value('quality', theirs)} bits per byte"
         share = f"{self.better} of {count(self.successes, 'candidate')} better"
+        if self.dominating:
+            share += f", {self.dominating} of the front better or equal in every objective"
         if self.quality < 0:
             relative = difference(ours, theirs)
             return f"The best candidate beats {name}: {numbers} under the same proxy ({relative}; {share})."
@@ -77,8 +79,8 @@ class Comparison:
         parts = []
         for name, (amount, evaluation) in self.savings.items():
             relative = difference(amount, self.reference.objectives[name])
-            what = {"size": "parameters", "cache": "cache", "flops": "FLOPs"}[name]
-            parts.append(f"{relative.replace(' less', f' less {what}')} (candidate {evaluation.id})")
+            what = {"size": "fewer parameters", "cache": "less cache", "flops": "fewer FLOPs"}[name]
+            parts.append(f"{relative.replace('less', what)} (candidate {evaluation.id})")
         if not parts:
             return ""
         listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
