@@ -14,9 +14,7 @@ def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.")],
     workers: Annotated[int | None, typer.Option(min=1, help="Processes, if other than before.")] = None,
     engine: Annotated[str | None, typer.Option(help="local or ray, if other than before.")] = None,
-    with_report: Annotated[
-        bool, typer.Option("--report/--no-report", help="Write the report.", show_default=False)
-    ] = True,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Carry a search to its end. It finds what it would have found had it never been stopped.
@@ -30,6 +28,6 @@ def resume(
     carry_out(
         lambda listener: resume_search(run, workers=workers, engine=engine, on_event=listener),
         run,
-        with_report,
+        not no_report,
         as_json,
     )

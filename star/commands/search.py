@@ -68,9 +68,7 @@ def search(
     dtype: Annotated[str | None, _preset("auto, float32 or bfloat16.", _PROXY)] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; one a core by default.")] = None,
     engine: Annotated[str | None, typer.Option(help="local or ray.")] = None,
-    with_report: Annotated[
-        bool, typer.Option("--report/--no-report", help="Write the report.", show_default=False)
-    ] = True,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Search for architectures, and write a report of what was found.
@@ -115,7 +113,7 @@ def search(
     carry_out(
         lambda listener: begin_search(settings, directory, on_event=listener),
         directory,
-        with_report,
+        not no_report,
         as_json,
     )
 

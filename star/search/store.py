@@ -19,10 +19,10 @@ are limited in size before they are parsed, JSON may hold no NaN, and nothing is
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -355,7 +355,9 @@ class RunStore:
 
 
 def _is_finite_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # By comparison, since math.isfinite raises for integers beyond every float.
+    largest = sys.float_info.max
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= largest
 
 
 def _is_list_of_text(value: object) -> bool:
