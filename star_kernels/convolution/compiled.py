@@ -133,11 +133,10 @@ def _long_conv_fake(x: Tensor, kernel: Tensor, skip: Any) -> Tensor:
 
 
 def _long_conv_backward_fake(dy: Tensor, x: Tensor, kernel: Tensor, skip: Any) -> tuple[Tensor, ...]:
-    wide = {"dtype": torch.float32}
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(kernel.shape, **wide),
-        x.new_empty(x.shape[2], **wide),
+        x.new_empty(kernel.shape, dtype=torch.float32),
+        x.new_empty(x.shape[2], dtype=torch.float32),
     )
 
 
