@@ -4,11 +4,6 @@ Every operator has a plain PyTorch definition (``backend="reference"``) against 
 tested; ``backend=None`` takes the fastest that covers the call.
 """
 
-from star_kernels import dispatch as dispatch
-
-COMPILED = dispatch.load_compiled()
-"""Whether this installation has the compiled CPU operators."""
-
 from star_kernels.attention import attention as attention
 from star_kernels.attention import attention_decode as attention_decode
 from star_kernels.attention import diff_attention as diff_attention
@@ -20,6 +15,7 @@ from star_kernels.convolution import long_conv as long_conv
 from star_kernels.convolution import long_conv_step as long_conv_step
 from star_kernels.convolution import short_conv as short_conv
 from star_kernels.convolution import short_conv_step as short_conv_step
+from star_kernels.dispatch import load_compiled
 from star_kernels.loss import linear_cross_entropy as linear_cross_entropy
 from star_kernels.memoryless import glu as glu
 from star_kernels.norm import rms_norm as rms_norm
@@ -36,5 +32,8 @@ from star_kernels.recurrence import lstm_scan as lstm_scan
 from star_kernels.recurrence import lstm_scan_step as lstm_scan_step
 from star_kernels.recurrence import selective_scan as selective_scan
 from star_kernels.recurrence import selective_scan_step as selective_scan_step
+
+COMPILED = load_compiled()
+"""Whether this installation has the compiled CPU operators."""
 
 __version__ = "0.1.0"

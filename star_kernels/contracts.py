@@ -11,6 +11,7 @@ The checks run before every backend, and once; backends trust them.
 
 from __future__ import annotations
 
+import itertools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -51,7 +52,7 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 class Contract:
     """The checks of one call of ``function``. The first tensor sets the device and the dtype of the call."""
 
-    __slots__ = ("function", "dims", "sources", "dtype", "device", "first")
+    __slots__ = ("device", "dims", "dtype", "first", "function", "sources")
 
     def __init__(self, function: str) -> None:
         self.function = function
@@ -134,7 +135,7 @@ class Contract:
         self.bind("S", cu_seqlens.shape[0] - 1, name)
         if cu_seqlens.device.type == "cpu" and holds_values(cu_seqlens):
             offsets = cu_seqlens.tolist()
-            rising = all(left <= right for left, right in zip(offsets, offsets[1:], strict=False))
+            rising = all(left <= right for left, right in itertools.pairwise(offsets))
             if offsets[0] != 0 or offsets[-1] != length or not rising:
                 raise ValueError(
                     f"{self.function}: {name} must rise from 0 to L = {length}; got {_short(offsets)}"

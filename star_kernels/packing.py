@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,7 +22,7 @@ def over_sequences(
     """
     offsets = cu_seqlens.tolist()
     outputs, finals = [], []
-    for sequence, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for sequence, (start, end) in enumerate(itertools.pairwise(offsets)):
         pieces = [None if tensor is None else tensor[:, start:end] for tensor in tensors]
         before = [None if state is None else state[sequence : sequence + 1] for state in states]
         output, after = function(*pieces, *before)

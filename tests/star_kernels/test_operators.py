@@ -185,11 +185,14 @@ def test_second_derivatives_are_right_or_refused(case: Case, backend: str) -> No
     )
     first = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
     total = sum(gradient.square().sum() for gradient in first if gradient is not None)
+    refusal = ""
     try:
         second = torch.autograd.grad(total, leaves, allow_unused=True)
-    except RuntimeError as refusal:
-        assert case.operator in str(refusal)
-        assert "second derivative" in str(refusal)
+    except RuntimeError as raised:
+        refusal = str(raised)
+    if refusal:
+        assert case.operator in refusal
+        assert "second derivative" in refusal
         return
     wide = widen(arguments)
     wide_leaves = [v for v in wide.values() if isinstance(v, Tensor) and v.requires_grad]

@@ -45,10 +45,7 @@ def test_long_steps(kernel_length: int, gated: bool, dtype: torch.dtype) -> None
     b, c, x = torch.randn(3, batch, length, width).to(dtype)
     kernel, skip = torch.randn(width, kernel_length), torch.randn(width)
     history = torch.full((batch, 8, width), torch.nan, dtype=dtype)
-    if gated:
-        wanted = sk.gated_long_conv(b, c, x, kernel, skip)
-    else:
-        wanted = sk.long_conv(x, kernel, skip)
+    wanted = sk.gated_long_conv(b, c, x, kernel, skip) if gated else sk.long_conv(x, kernel, skip)
     for t in range(length):
         if gated:
             y = sk.gated_long_conv_step(b[:, t], c[:, t], x[:, t], history, kernel, skip, position=t)
@@ -67,7 +64,7 @@ def test_a_wrong_state_is_named() -> None:
         ValueError, match=r"short_conv_step: state has shape \(2, 3, 8\); it takes \(B, K-1, D\)"
     ):
         sk.short_conv_step(x, torch.zeros(2, 3, 8), weight)
-    with pytest.raises(TypeError, match="state has dtype torch.float64"):
+    with pytest.raises(TypeError, match=r"state has dtype torch\.float64"):
         sk.short_conv_step(x, torch.zeros(2, 2, 8, dtype=torch.float64), weight)
     with pytest.raises(ValueError, match="position is 4"):
         sk.long_conv_step(x, torch.zeros(2, 4, 8), weight, position=4)
