@@ -23,6 +23,9 @@ STABLE_TORCH_LIBRARY(star_kernels, m) {
   m.def(
       "diff_attention_backward(Tensor dy, Tensor q1, Tensor k1, Tensor q2, Tensor k2, Tensor v, Tensor lam, "
       "bool causal, int window, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, float? scale, int? window) "
+      "-> Tensor");
 
   // convolution
   m.def(
@@ -105,6 +108,26 @@ STABLE_TORCH_LIBRARY(star_kernels, m) {
   m.def(
       "gated_delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? log_decay, Tensor(a!) state, "
       "float scale) -> Tensor");
+  m.def(
+      "gru_scan(Tensor xz, Tensor xr, Tensor xh, Tensor az, Tensor ar, Tensor ah, Tensor? initial_state) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "gru_scan_backward(Tensor dh, Tensor? dfinal_state, Tensor xz, Tensor xr, Tensor xh, Tensor az, "
+      "Tensor ar, Tensor ah, Tensor? initial_state) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "gru_scan_step(Tensor xz, Tensor xr, Tensor xh, Tensor az, Tensor ar, Tensor ah, Tensor(a!) state) "
+      "-> Tensor");
+  m.def(
+      "lstm_scan(Tensor xf, Tensor xo, Tensor xz, Tensor af, Tensor ao, Tensor az, Tensor? initial_c, "
+      "Tensor? initial_h) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "lstm_scan_backward(Tensor dh, Tensor? dfinal_c, Tensor? dfinal_h, Tensor xf, Tensor xo, Tensor xz, "
+      "Tensor af, Tensor ao, Tensor az, Tensor? initial_c, Tensor? initial_h) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "lstm_scan_step(Tensor xf, Tensor xo, Tensor xz, Tensor af, Tensor ao, Tensor az, Tensor(a!) state_c, "
+      "Tensor(b!) state_h) -> Tensor");
 }
 
 static torch::stable::Tensor empty_operator(torch::stable::Tensor x) { return x; }

@@ -25,6 +25,8 @@ for _name in (
     dispatch.register(_name, "reference", getattr(reference, _name))
 if dispatch.load_compiled():
     from star_kernels.recurrence import compiled as compiled
+    from star_kernels.recurrence import compiled_cells as compiled_cells
+    from star_kernels.recurrence import compiled_matrix_states as compiled_matrix_states
 
 
 def linear_scan(
