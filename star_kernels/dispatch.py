@@ -97,6 +97,15 @@ def choose(operator: str, backend: str | None, tensor: Tensor) -> Callable[..., 
     return form.function
 
 
+def compiled_form(operator: str, backend: str | None, first: Any) -> Callable[..., Any] | None:
+    """The compiled CPU form, where it answers a call whose first argument is ``first``, a plain tensor."""
+    if backend is None and type(first) is Tensor:
+        form = _implementations[operator].get("cpp")
+        if form is not None and form.problem(first) is None:
+            return form.function
+    return None
+
+
 def step(
     operator: str, backend: str | None, check: Callable[[], None], *arguments: Any, **options: Any
 ) -> Any:
@@ -106,14 +115,13 @@ def step(
     words, runs first only for the other backends; where a compiled step refuses, it explains why.
     """
     first = arguments[0]
-    if backend is None and type(first) is Tensor:
-        form = _implementations[operator].get("cpp")
-        if form is not None and form.problem(first) is None:
-            try:
-                return form.function(*arguments, **options)
-            except (RuntimeError, TypeError, AttributeError):
-                check()
-                raise
+    compiled = compiled_form(operator, backend, first)
+    if compiled is not None:
+        try:
+            return compiled(*arguments, **options)
+        except (RuntimeError, TypeError, AttributeError):
+            check()
+            raise
     check()
     with torch.no_grad():
         return choose(operator, backend, first)(*arguments, **options)

@@ -148,6 +148,23 @@ def attention_decode(
             CPU, a length outside 0 to Lmax.
     """
     q, k_cache, v_cache = autocast_together(q, k_cache, v_cache)
+    arguments = (q, k_cache, v_cache, lengths)
+    compiled = dispatch.compiled_form("attention_decode", backend, q)
+    if (
+        compiled is not None
+    ):  # it checks its arguments itself, faster; where it refuses, the contract says why
+        try:
+            return compiled(*arguments, scale=scale, window=window)
+        except (RuntimeError, TypeError, AttributeError):
+            _check_decode(*arguments, scale, window)
+            raise
+    _check_decode(*arguments, scale, window)
+    return dispatch.choose("attention_decode", backend, q)(*arguments, scale=scale, window=window)
+
+
+def _check_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float | None, window: int | None
+) -> None:
     call = Contract("attention_decode")
     call.tensor("q", q, "B H Dh")
     call.tensor("k_cache", k_cache, "B Lmax Hkv Dh")
@@ -163,9 +180,6 @@ def attention_decode(
                 )
     call.optional_number("scale", scale)
     _check_window(call, window)
-    return dispatch.choose("attention_decode", backend, q)(
-        q, k_cache, v_cache, lengths, scale=scale, window=window
-    )
 
 
 def _check_visibility(call: Contract, causal: bool, window: int | None, scale: float | None) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from star_kernels import dispatch
+from star_kernels.attention import reference
 from star_kernels.compiled import call, like, operator, register_autograd, register_fake
 
 
@@ -56,6 +57,33 @@ def _diff_attention_autograd(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     *gradients, dlam = operator("diff_attention_backward")(dy, *tensors, lam, *ctx.settings)
     dlam = dlam if lam.dim() else dlam.sum()
     return *gradients, like(dlam, lam), *(None for _ in ctx.settings)
+
+
+class _AttentionDecode(torch.autograd.Function):
+    """Decoding with gradients: one query's derivative is the definition's, of differentiable operations.
+
+    Not registered with the operator, whose calls without gradients would pay for it in microseconds.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor,
+        scale: float | None,
+        window: int | None,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, lengths)
+        ctx.settings = scale, window
+        y: Tensor = torch.ops.star_kernels.attention_decode.default(q, k, v, lengths, scale, window)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        gradients = reference.attention_decode_backward(dy, *ctx.saved_tensors, *ctx.settings)
+        return *gradients, None, None, None
 
 
 def attention(
@@ -112,6 +140,24 @@ def diff_attention(
     return y
 
 
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """See :func:`star_kernels.attention_decode`."""
+    needs_gradient = q.requires_grad or k_cache.requires_grad or v_cache.requires_grad
+    if needs_gradient and torch.is_grad_enabled():
+        y: Tensor = _AttentionDecode.apply(q, k_cache, v_cache, lengths, scale, window)
+        return y
+    y = torch.ops.star_kernels.attention_decode.default(q, k_cache, v_cache, lengths, scale, window)
+    return y
+
+
 register_fake("attention", _attention_fake)
 register_fake("attention_backward", _attention_backward_fake)
 register_autograd("attention", _attention_autograd, _attention_setup)
@@ -119,5 +165,14 @@ register_fake("diff_attention", _diff_attention_fake)
 register_fake("diff_attention_backward", _diff_attention_backward_fake)
 register_autograd("diff_attention", _diff_attention_autograd, _diff_attention_setup)
 
-for _name, _function in (("attention", attention), ("diff_attention", diff_attention)):
+register_fake(
+    "attention_decode",
+    lambda q, k_cache, v_cache, lengths, scale, window: q.new_empty(*q.shape[:2], v_cache.shape[3]),
+)
+
+for _name, _function in (
+    ("attention", attention),
+    ("diff_attention", diff_attention),
+    ("attention_decode", attention_decode),
+):
     dispatch.register(_name, "cpp", _function, device_type="cpu", dtypes=dispatch.KERNEL_DTYPES)

@@ -64,14 +64,38 @@ def attention_decode(
     window: int | None = None,
 ) -> Tensor:
     """See :func:`star_kernels.attention_decode`."""
+    with without_autocast(q):
+        weights = _decode_weights(q, k_cache, lengths, scale, window)
+        return _mix(weights, v_cache)[:, 0].to(q.dtype)
+
+
+def attention_decode_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float | None, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v: with p the weights, dp = dy·v and ds = p (dp − Σ p dp) scale,
+    dq = Σ_j ds_j k_j, dk_j = ds_j q, dv_j = p_j dy, the last two summed over the heads that share them."""
+    heads, width = q.shape[1:]
+    shared = heads // k.shape[2]
+    p = _decode_weights(q, k, lengths, scale, window)[:, :, 0]
+    dy, wide_q = dy.to(p.dtype), q.to(p.dtype)
+    wide_k, wide_v = (_for_heads(cache.to(p.dtype), heads) for cache in (k, v))
+    dp = torch.einsum("bhd,bjhd->bhj", dy, wide_v)
+    ds = p * (dp - (p * dp).sum(dim=-1, keepdim=True)) * (width**-0.5 if scale is None else scale)
+    dq = torch.einsum("bhj,bjhd->bhd", ds, wide_k)
+    dk = torch.einsum("bhj,bhd->bjhd", ds, wide_q).unflatten(2, (-1, shared)).sum(dim=3)
+    dv = torch.einsum("bhj,bhd->bjhd", p, dy).unflatten(2, (-1, shared)).sum(dim=3)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _decode_weights(
+    q: Tensor, k_cache: Tensor, lengths: Tensor, scale: float | None, window: int | None
+) -> Tensor:
     key = torch.arange(k_cache.shape[1], device=q.device)
     ends = lengths[:, None]
     visible = key < ends
     if window is not None:
         visible = visible & (key >= ends - window)
-    with without_autocast(q):
-        weights = _weights(q[:, None], k_cache, visible[:, None, None, :], scale)
-        return _mix(weights, v_cache)[:, 0].to(q.dtype)
+    return _weights(q[:, None], k_cache, visible[:, None, None, :], scale)
 
 
 def visible_keys(
