@@ -22,7 +22,16 @@ def operator(name: str) -> Any:
 
 
 def register_fake(name: str, function: Callable[..., Any]) -> None:
-    """Teaches tracing the shapes and dtypes of an operator's results."""
+    """Teaches tracing the shapes and dtypes of an operator's results.
+
+    Raises:
+        ImportError: the shared object is older than these sources and has no such operator.
+    """
+    if not hasattr(getattr(torch.ops, NAMESPACE), name):
+        raise ImportError(
+            f"star_kernels._C has no operator {name}: it is older than these sources; build it again "
+            "(make build, or pip install .)"
+        )
     torch.library.register_fake(f"{NAMESPACE}::{name}", function)
 
 
