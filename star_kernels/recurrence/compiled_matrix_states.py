@@ -13,7 +13,7 @@ from star_kernels.recurrence.compiled import floats, fresh, optional_state, sequ
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return q.shape[-1] ** -0.5 if scale is None else scale
 
 
 def _state_shape(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int, int]:
