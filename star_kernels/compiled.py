@@ -7,6 +7,7 @@ adds how shapes follow (fake) and which partner is the derivative (autograd). Th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,7 +33,16 @@ def register_fake(name: str, function: Callable[..., Any]) -> None:
             f"star_kernels._C has no operator {name}: it is older than these sources; build it again "
             "(make build, or pip install .)"
         )
-    torch.library.register_fake(f"{NAMESPACE}::{name}", function)
+
+    @functools.wraps(function)
+    def on_one_device(*arguments: Any) -> Any:
+        # A fake also answers calls with a meta tensor among real ones, which no kernel would take.
+        devices = {argument.device for argument in arguments if isinstance(argument, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"{name}: tensors are on different devices")
+        return function(*arguments)
+
+    torch.library.register_fake(f"{NAMESPACE}::{name}", on_one_device)
 
 
 def register_autograd(
