@@ -143,11 +143,16 @@ def _verdicts(run: RunSummary) -> Html:
     return element(
         "ul",
         *(
-            element("li", text, class_={True: "good", False: "bad", None: None}[good])
+            element("li", _unbroken(text), class_={True: "good", False: "bad", None: None}[good])
             for text, good in run.judged()
         ),
         class_="verdicts",
     )
+
+
+def _unbroken(text: str) -> str:
+    """Percentages stay on one line."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _front(run: RunSummary, plots: Sequence[Plot]) -> Html | None:

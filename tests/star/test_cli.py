@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 from recorded_runs import evaluation, failed, finished_run, genomes, record
 from typer.testing import CliRunner
 
@@ -30,7 +29,7 @@ TINY = (
 )
 
 
-def run(*arguments: object) -> Result:
+def run(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="star")
 
 
