@@ -51,14 +51,16 @@ def value(objective: str, number: float | None) -> str:
         return f"{number:.4f}"
     if objective == "cache":
         return f"{_scaled(number)}B"
-    return _scaled(number)
+    return _scaled(number).rstrip()
 
 
 def change(new: float, old: float) -> str:
     """How much less or more, relative and short: "−13.2 %"; "±0 %" below a twentieth of a per cent."""
     text = difference(new, old)
+    if text == "equal":
+        return "±0 %"
     amount, _, direction = text.rpartition(" ")
-    return f"{'−' if direction == 'less' else '+'}{amount}" if amount else "±0 %"
+    return f"{'−' if direction == 'less' else '+'}{amount}" if amount else direction
 
 
 def count(number: int, noun: str) -> str:
