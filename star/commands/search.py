@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from star.commands.errors import Stopped, reported
+from star.commands.errors import BadInput, Failed, Stopped, reported
 
 if TYPE_CHECKING:
     from star.search.events import Listener
@@ -20,6 +20,7 @@ _TEXT = "Text"
 _SEARCH = "Search (as the preset says, where not given)"
 _PROXY = "Training of each candidate (as the preset says)"
 _DEFAULT_PRESET = "demo"
+_LARGEST_CLASS = 99
 
 
 def _preset(help: str, panel: str, *names: str, **more: Any) -> Any:
@@ -110,12 +111,18 @@ def search(
             },
         )
     directory = _new_directory() if run is None else run
-    carry_out(
-        lambda listener: begin_search(settings, directory, on_event=listener),
-        directory,
-        not no_report,
-        as_json,
-    )
+    made_here = not directory.exists()
+    try:
+        carry_out(
+            lambda listener: begin_search(settings, directory, on_event=listener),
+            directory,
+            not no_report,
+            as_json,
+        )
+    except BadInput:
+        if made_here:
+            _remove_unused(directory)
+        raise
 
 
 def carry_out(work: Callable[[Listener], Any], directory: Path, with_report: bool, as_json: bool) -> None:
@@ -147,6 +154,21 @@ def carry_out(work: Callable[[Listener], Any], directory: Path, with_report: boo
         emit({**summary.to_json(), "report": None if page is None else str(page)})
     else:
         conclude(console, summary, page)
+    if summary.candidates and not summary.front:
+        raise Failed(f"no candidate of {directory} succeeded; its failures are in the report")
+
+
+def _remove_unused(directory: Path) -> None:
+    """Remove the directory of a search that was refused before it recorded anything."""
+    from star.search.directory import RunDirectory
+
+    run = RunDirectory(directory)
+    if run.database.exists():
+        return
+    run.lock.unlink(missing_ok=True)
+    for folder in (run.weights, run.report, run.export, run.path):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _how_to_go_on(directory: Path) -> str:
@@ -205,7 +227,10 @@ def _pool(text: str) -> Any:
         first, dash, last = part.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ValueError(f"classes has {part!r}, takes numbers and ranges like 1,3,7-9")
-        numbers += range(int(first), int(last if dash else first) + 1)
+        least, most = int(first), int(last if dash else first)
+        if most > _LARGEST_CLASS:
+            raise ValueError(f"classes has {part!r}, takes numbers from 1 to {_LARGEST_CLASS}")
+        numbers += range(least, most + 1)
     return Pool(classes=tuple(numbers))
 
 

@@ -16,7 +16,8 @@ from recorded_runs import evaluation, failed, finished_run, genomes, record
 from typer.testing import CliRunner
 
 from star.commands import app
-from star.commands.errors import one_line
+from star.commands.errors import Failed, one_line
+from star.commands.search import carry_out
 
 COMMANDS = ("search", "resume", "report", "show", "train", "generate", "bench")
 GENOME = "21211-31112-21221-32112"
@@ -121,6 +122,7 @@ class TestWrongInput:
             (("search", "--population", "1"), "population is 1"),
             (("search", "--classes", "1,18"), "18"),
             (("search", "--classes", "one"), "takes numbers and ranges"),
+            (("search", "--classes", "1-99999999999"), "takes numbers from 1 to 99"),
             (("search", "--engine", "magic"), "engine is 'magic', takes local or ray"),
             (("search", "--length", "0"), "length is 0"),
             (("search", "--colour", "red"), "--colour"),
@@ -147,6 +149,7 @@ class TestWrongInput:
 
     def test_text_that_is_not_there(self, tmp_path: Path) -> None:
         assert "nowhere.txt" in refused("search", tmp_path / "run", "--data", "nowhere.txt")
+        assert not (tmp_path / "run").exists()
 
     def test_text_that_is_too_short(self, tmp_path: Path) -> None:
         (tmp_path / "short.txt").write_text("short")
@@ -310,6 +313,12 @@ class TestSearch:
         assert json.loads(trained.stdout)["status"] == "ok"
         assert run("generate", longer, "line", "--tokens", "5").exit_code == 0
         assert "--id is for runs" in refused("generate", longer, "--id", "1")
+
+    def test_a_search_without_a_success_fails(self, tmp_path: Path) -> None:
+        directory = record(tmp_path / "run", [failed(0, genomes(1)[0], 0)])
+        with pytest.raises(Failed, match="no candidate"):
+            carry_out(lambda listener: None, directory, with_report=True, as_json=False)
+        assert (directory / "report" / "index.html").is_file()
 
     def test_ctrl_c_says_how_to_go_on(self, text: Path, tmp_path: Path) -> None:
         directory = tmp_path / "run"
