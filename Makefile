@@ -14,7 +14,6 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml constr
 
 demo: $(VENV)/.search build
 	@if [ -e $(RUN)/run.db ]; then $(BIN)/star resume $(RUN); else $(BIN)/star search $(RUN) --preset demo; fi
-	@$(BIN)/star report $(RUN)
 
 test: lint types pytest
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from star.commands.errors import Failed, Stopped, reported
+from star.commands.errors import BadInput, Failed, Stopped, reported
 
 if TYPE_CHECKING:
     from star.proxy import Outcome, ProxySettings
@@ -29,7 +29,10 @@ def train(
         str,
         typer.Argument(metavar="GENOME|RUN", help="A genome, a baseline's name, or a run (its best)."),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for weights, curve, checkpoint.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Directory for the weights; RUN/trained/ID by default."),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1000,
     id: Annotated[int | None, typer.Option("--id", min=0, help="Candidate of the run.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
@@ -59,7 +62,7 @@ def train(
 ) -> None:
     """Train one architecture for longer. The same command goes on where Ctrl-C stopped it.
 
-    [dim]star train runs/first --id 12 --steps 5000 --out models/twelve[/dim]
+    [dim]star train runs/first --id 12 --steps 5000[/dim]
     """
     from star.targets import is_run, open_target
 
@@ -69,6 +72,7 @@ def train(
         if width is None and not is_run(target):
             width = PRESETS["laptop"].model.width
         chosen = open_target(target, id=id, depth=depth, width=width, head_dim=head_dim)
+        directory = _directory(chosen) if out is None else out
         settings = _settings(
             PRESETS["laptop"].proxy if chosen.settings is None else chosen.settings.proxy,
             steps,
@@ -92,8 +96,15 @@ def train(
             "tokenizer": tokenizer,
         }
         text = replace(text, **{name: value for name, value in given.items() if value is not None})
-        outcome = _carry_out(chosen, settings, text, out, checkpoint_every, as_json)
-    _conclude(chosen, outcome, out, as_json)
+        outcome = _carry_out(chosen, settings, text, directory, checkpoint_every, as_json)
+    _conclude(chosen, outcome, directory, as_json)
+
+
+def _directory(chosen: Target) -> Path:
+    """Where a training goes that was not told: into the run."""
+    if chosen.run is None or chosen.evaluation is None:
+        raise BadInput("train takes --out DIR with a genome or a baseline")
+    return chosen.run / "trained" / str(chosen.evaluation.id)
 
 
 def _settings(base: ProxySettings, steps: int, options: dict[str, Any]) -> ProxySettings:
@@ -139,7 +150,7 @@ def _carry_out(
                 checkpoint_every=checkpoint_every,
             )
     except training_directory.StoppedTraining:
-        raise Stopped(f"training stopped; the same command goes on with it (--out {out})") from None
+        raise Stopped(f"training stopped; the same command goes on with it (checkpoint in {out})") from None
     except KeyboardInterrupt:
         raise Stopped(
             f"training stopped; the same command goes on from its last checkpoint in {out}"

@@ -389,7 +389,7 @@ def _settings(run: RunSummary) -> Html:
         element("h2", "The run", id="run"),
         listed,
         element("p", "Draw, use, or carry on:", class_="lead"),
-        element("div", _commands(run), class_="command"),
+        element("pre", _commands(run), class_="command"),
         details,
     )
 
@@ -401,7 +401,7 @@ def _commands(run: RunSummary) -> str:
     lines = [
         f"star show {run.directory} --id {id}",
         f'star generate {run.directory} --id {id} "Once"',
-        f"star train {run.directory} --id {id} --steps 5000 --out models/{id}",
+        f"star train {run.directory} --id {id} --steps 5000",
     ]
     return "\n".join(lines if run.finished else [f"star resume {run.directory}", *lines])
 

@@ -307,8 +307,8 @@ class TestSearch:
         assert f"training candidate {other} again" in retrained.stderr
         assert (directory / "weights" / f"{other}.safetensors").is_file()
 
-        longer = tmp_path / "longer"
-        trained = run("train", directory, "--steps", "6", "--out", longer, "--json")
+        longer = directory / "trained" / str(value["best"])
+        trained = run("train", directory, "--steps", "6", "--json")
         assert trained.exit_code == 0, trained.stderr
         assert json.loads(trained.stdout)["status"] == "ok"
         assert run("generate", longer, "line", "--tokens", "5").exit_code == 0
