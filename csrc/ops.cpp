@@ -59,6 +59,10 @@ STABLE_TORCH_LIBRARY(star_kernels, m) {
       "gated_long_conv_step(Tensor b, Tensor c, Tensor x, Tensor(a!) history, Tensor kernel, Tensor? skip, "
       "int position) -> Tensor");
 
+  // loss
+  m.def(
+      "cross_entropy_rows_(Tensor(a!) logits, Tensor targets, int ignore_index, Tensor? share) -> Tensor");
+
   // memoryless
   m.def("glu(Tensor gate, Tensor up, int activation) -> Tensor");
   m.def("glu_backward(Tensor dy, Tensor gate, Tensor up, int activation) -> (Tensor, Tensor)");

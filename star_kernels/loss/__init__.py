@@ -10,6 +10,8 @@ from star_kernels.contracts import Contract, autocast_together, holds_values
 from star_kernels.loss import reference
 
 dispatch.register("linear_cross_entropy", "reference", reference.linear_cross_entropy)
+if dispatch.load_compiled():
+    from star_kernels.loss import compiled as compiled
 
 
 def linear_cross_entropy(

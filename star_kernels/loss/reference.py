@@ -9,6 +9,7 @@ pass, while the chunk's logits exist, and (N, V) never does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +17,29 @@ from torch import Tensor
 
 from star_kernels.contracts import without_autocast
 
+RowsLoss = Callable[[Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
+"""(logits, targets, ignore_index, share) -> the sum of the rows' losses and, where share = 1 / kept is given,
+the gradient of the logits; the logits are free to be overwritten."""
+
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
     """See :func:`star_kernels.linear_cross_entropy`."""
-    return _LinearCrossEntropy.apply(x, weight, targets, ignore_index)
+    loss: Tensor = LinearCrossEntropy.apply(x, weight, targets, ignore_index, rows_loss)
+    return loss
+
+
+def rows_loss(
+    logits: Tensor, targets: Tensor, ignore_index: int, share: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The loss of a chunk of rows and its gradient, as the equations above say."""
+    kept = (targets != ignore_index)[:, None]
+    classes = torch.where(kept, targets[:, None], 0)
+    normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
+    loss = ((normaliser - logits.gather(1, classes)) * kept).sum()
+    if share is None:
+        return loss, logits
+    grad = torch.exp(logits - normaliser)
+    return loss, grad.scatter_add(1, classes, grad.new_full(classes.shape, -1.0)) * (kept * share)
 
 
 def rows_per_chunk(rows: int, width: int, vocabulary: int) -> int:
@@ -28,16 +48,41 @@ def rows_per_chunk(rows: int, width: int, vocabulary: int) -> int:
     return max(128, 2**20 // max(vocabulary, 1), min(as_large_as_x, 1024))
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+def _by_rows(matrix: Tensor) -> Tensor:
+    """Matrix products round by the layout of their operands: a transposed one would give other bits."""
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The loss over all chunks; ``rows_loss`` is how a chunk's is taken."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, rows_loss: RowsLoss
+    ) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        wide_weight, targets = _by_rows(weight).to(wide), targets.long()
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        count = (targets != ignore_index).sum()
+        share = 1.0 / count.clamp(min=1).to(wide) if needs_x or needs_weight else None
+        total = torch.zeros((), dtype=wide, device=x.device)
+        grad_x = torch.empty_like(x) if needs_x else None
+        grad_weight = torch.zeros_like(wide_weight) if needs_weight else None
+        rows = rows_per_chunk(x.shape[0], x.shape[1], weight.shape[0])
         with without_autocast(x):
-            needs_x, needs_weight = ctx.needs_input_grad[:2]
-            loss, grad_x, grad_weight = _loss_and_gradients(
-                x, weight, targets, ignore_index, needs_x, needs_weight
-            )
+            for start in range(0, x.shape[0], rows):
+                chunk = slice(start, start + rows)
+                wide_x = _by_rows(x[chunk]).to(wide)
+                loss, grad = rows_loss(wide_x @ wide_weight.T, targets[chunk], ignore_index, share)
+                total = total + loss
+                if grad_x is not None:
+                    grad_x[chunk] = (grad @ wide_weight).to(x.dtype)
+                if grad_weight is not None:
+                    grad_weight.addmm_(grad.T, wide_x)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
         ctx.save_for_backward(x, weight, grad_x, grad_weight)
-        return loss
+        return total / count
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -45,6 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if grad_x is None else _Gradient.apply(grad_loss, grad_x, x, weight),
             None if grad_weight is None else _Gradient.apply(grad_loss, grad_weight, x, weight),
+            None,
             None,
             None,
         )
@@ -60,33 +106,3 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> None:
         raise RuntimeError("linear_cross_entropy: second derivatives are not implemented")
-
-
-def _loss_and_gradients(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_x: bool, needs_weight: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    wide_weight = weight.to(wide)
-    kept = targets != ignore_index
-    count = kept.sum()
-    share = 1.0 / count.clamp(min=1).to(wide)
-    total = torch.zeros((), dtype=wide, device=x.device)
-    grad_x = torch.empty_like(x) if needs_x else None
-    grad_weight = torch.zeros_like(wide_weight) if needs_weight else None
-    rows = rows_per_chunk(x.shape[0], x.shape[1], weight.shape[0])
-    for start in range(0, x.shape[0], rows):
-        chunk = slice(start, start + rows)
-        wide_x, kept_rows = x[chunk].to(wide), kept[chunk, None]
-        logits = wide_x @ wide_weight.T
-        classes = torch.where(kept[chunk], targets[chunk], 0)[:, None].long()
-        normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
-        total = total + ((normaliser - logits.gather(1, classes)) * kept_rows).sum()
-        if not (needs_x or needs_weight):
-            continue
-        grad = torch.exp(logits - normaliser)
-        grad = grad.scatter_add(1, classes, grad.new_full(classes.shape, -1.0)) * (kept_rows * share)
-        if grad_x is not None:
-            grad_x[chunk] = (grad @ wide_weight).to(x.dtype)
-        if grad_weight is not None:
-            grad_weight += grad.T @ wide_x
-    return total / count, grad_x, None if grad_weight is None else grad_weight.to(weight.dtype)
