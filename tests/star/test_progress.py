@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from recorded_runs import evaluation, failed, genomes, record, small_settings
 from rich.console import Console
@@ -21,6 +22,9 @@ from star.search.events import (
     RunStarted,
     WorkerLost,
 )
+
+# True colours as in every other test that draws: rich keeps a style's codes from its first rendering.
+OPTIONS: dict[str, Any] = {"width": 100, "height": 30, "highlight": False, "color_system": "truecolor"}
 
 
 def events(directory: Path, stored: int = 0) -> list[Event]:
@@ -43,7 +47,7 @@ def events(directory: Path, stored: int = 0) -> list[Event]:
 
 
 def shown(happened: list[Event], *, terminal: bool) -> str:
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=100, height=30, highlight=False)
+    console = Console(file=io.StringIO(), **OPTIONS, force_terminal=terminal)
     progress = SearchProgress(console)
     with progress:
         for event in happened:
@@ -102,7 +106,7 @@ def test_training_lines() -> None:
 
 
 def test_training_bar() -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    console = Console(file=io.StringIO(), **{**OPTIONS, "width": 120}, force_terminal=True)
     with training_progress(console, "training") as progress:
         progress(Progress(10, 10, 3.0, 2.5))
     file = console.file
