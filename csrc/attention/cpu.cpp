@@ -1,5 +1,6 @@
 // Softmax and differential attention on the CPU: checks, allocation, parallel loops, registration.
 #include "../common/tensor.h"
+#include "decode_kernels.h"
 #include "kernels.h"
 
 #include <tuple>
@@ -103,9 +104,37 @@ struct Prepared {
     });
   }
 
+  // The only query stands at the last position and sees all keys, or those of the window: packing them
+  // would cost more than reading them once.
+  void decode() {
+    AttentionDecode one{};
+    one.dtype = call.dtype;
+    one.sides = call.sides;
+    one.kv_heads = call.kv_heads;
+    one.group = call.heads / call.kv_heads;
+    one.width = call.width;
+    one.value_width = call.value_width;
+    one.window = call.window;
+    one.scale = call.scale;
+    one.softcap = call.softcap;
+    one.lam = call.lam;
+    for (int side = 0; side < call.sides; ++side) {
+      one.q[side] = call.q[side];
+      one.k[side] = call.k[side];
+    }
+    one.v = call.v;
+    one.y = call.y;
+    one.length = call.keys;
+    run_attention_decode(one, call.batch, call.keys);
+  }
+
   Tensor forward(const Tensor& q) {
     Tensor y = empty_like_shape(q, {call.batch, call.queries, call.heads, call.value_width});
     call.y = head_rows_of(y);
+    if (call.queries == 1) {
+      decode();
+      return y;
+    }
     pack(false);
     const int64_t seen = call.window && call.window < call.keys ? call.window : call.keys;
     const int64_t grain = tasks_a_thread(query_block * seen * (call.width * call.sides + call.value_width));

@@ -22,6 +22,7 @@ Tensor attention_decode_op(Tensor q, Tensor k_cache, Tensor v_cache, Tensor leng
   const int64_t batch = q.size(0), heads = q.size(1), capacity = k_cache.size(1);
   AttentionDecode call{};
   call.dtype = dtype_of(q, "q");
+  call.sides = 1;
   call.kv_heads = k_cache.size(2);
   call.width = q.size(2);
   call.value_width = v_cache.size(3);
@@ -50,25 +51,27 @@ Tensor attention_decode_op(Tensor q, Tensor k_cache, Tensor v_cache, Tensor leng
   const Tensor queries = with_contiguous_rows(q), keys = with_contiguous_rows(k_cache),
                values = with_contiguous_rows(v_cache);
   Tensor y = empty_like_shape(q, {batch, heads, call.value_width});
-  call.q = one_row(queries);
-  call.k = rows_of_cache(keys);
+  call.q[0] = one_row(queries);
+  call.k[0] = rows_of_cache(keys);
   call.v = rows_of_cache(values);
   call.y = one_row(y);
-  const int64_t seen = call.window && call.window < longest ? call.window : longest;
-  const int64_t work = seen * call.group * (call.width + call.value_width);
-  const int64_t tasks = batch * call.kv_heads;
-  if (work * tasks <= grain_operations) {
-    attention_decode(call, 0, tasks);
-  } else {
-    const int64_t grain = grain_operations / (work > 0 ? work : 1);
-    torch::stable::parallel_for(0, tasks, grain > 0 ? grain : 1, [&](int64_t begin, int64_t end) {
-      if (begin < end) attention_decode(call, begin, end);
-    });
-  }
+  run_attention_decode(call, batch, longest);
   return y;
 }
 
 }  // namespace
+
+void run_attention_decode(const AttentionDecode& call, int64_t batch, int64_t longest) {
+  const int64_t seen = call.window && call.window < longest ? call.window : longest;
+  const int64_t work = seen * call.group * (call.width * call.sides + call.value_width);
+  const int64_t tasks = batch * call.kv_heads;
+  if (work * tasks <= grain_operations) return attention_decode(call, 0, tasks);
+  const int64_t grain = grain_operations / (work > 0 ? work : 1);
+  torch::stable::parallel_for(0, tasks, grain > 0 ? grain : 1, [&](int64_t begin, int64_t end) {
+    if (begin < end) attention_decode(call, begin, end);
+  });
+}
+
 }  // namespace star
 
 STABLE_TORCH_LIBRARY_IMPL(star_kernels, CPU, m) {

@@ -5,7 +5,7 @@
 // Everything lives on the stack: a step allocates nothing.
 #include "decode_kernels.h"
 
-#include "../common/scalar.h"
+#include "../common/math.h"
 #include "../common/vector.h"
 
 namespace star {
@@ -13,7 +13,7 @@ namespace STAR_LEVEL {
 namespace {
 
 constexpr int64_t key_block = 64;
-constexpr int64_t most_sums = 4096;  // floats of weighted sums held at once
+constexpr int64_t most_sums = 2048;  // floats of weighted sums held at once
 constexpr float log2_of_e = 1.44269504f;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -80,51 +80,85 @@ float exponentials(float* scores, int64_t count, float& most) {
   return sum;
 }
 
-// Query heads [first, first + members) of one key head, value columns [column, column + columns).
+// Replaces scores by softcap tanh(score / softcap), in units of log2; `factor` has brought them in.
+void cap(float* scores, int64_t count, float softcap) {
+#pragma GCC ivdep
+  for (int64_t j = 0; j < count; ++j) scores[j] = softcap * log2_of_e * hyperbolic_tangent(scores[j]);
+}
+
+// The heads of one sequence that a pass takes: query heads [first, first + members) of one key head, value
+// columns [column, column + columns).
+struct Part {
+  int64_t batch, kv_head, first, members, column, columns;
+};
+
+// The softmax of one side over the values, (members, columns) into `sums`.
 template <class T>
-void decode(const AttentionDecode& call, int64_t batch, int64_t kv_head, int64_t first, int64_t members,
-            int64_t column, int64_t columns) {
-  float sums[most_sums], scores[key_block], most[most_sums], total[most_sums];
-  for (int64_t i = 0; i < members * columns; ++i) sums[i] = 0.0f;
-  const int64_t end = call.lengths[batch];
+void attend(const AttentionDecode& call, int side, const Part& part, float* sums) {
+  float scores[key_block], most[most_sums], total[most_sums];
+  for (int64_t i = 0; i < part.members * part.columns; ++i) sums[i] = 0.0f;
+  const int64_t end = call.lengths ? call.lengths[part.batch] : call.length;
   int64_t key = call.window && call.window < end ? end - call.window : 0;
-  const bool empty = key >= end;
+  if (key >= end) return;
+  const float factor = call.softcap != 0.0f ? call.scale / call.softcap : call.scale * log2_of_e;
   for (bool begun = false; key < end; key += key_block, begun = true) {
     const int64_t count = smaller(key_block, end - key);
-    for (int64_t member = 0; member < members; ++member) {
-      const T* q = call.q.at<T>(batch, 0, first + member);
-      float* sum = sums + member * columns;
-      score_keys(q, call.k.at<T>(batch, key, kv_head), call.k.row_stride, count, call.width,
-                 call.scale * log2_of_e, scores);
+    for (int64_t member = 0; member < part.members; ++member) {
+      float* sum = sums + member * part.columns;
+      score_keys(call.q[side].at<T>(part.batch, 0, part.first + member),
+                 call.k[side].at<T>(part.batch, key, part.kv_head), call.k[side].row_stride, count, call.width,
+                 factor, scores);
+      if (call.softcap != 0.0f) cap(scores, count, call.softcap);
       float maximum = begun ? most[member] : scores[0];
       const float added = exponentials(scores, count, maximum);
       if (begun && maximum != most[member]) {
         float factors[lanes];
         store(factors, exponential2(broadcast(most[member] - maximum)));
         total[member] *= factors[0];
-        for (int64_t d = 0; d < columns; ++d) sum[d] *= factors[0];
+        for (int64_t d = 0; d < part.columns; ++d) sum[d] *= factors[0];
       }
       total[member] = begun ? total[member] + added : added;
       most[member] = maximum;
-      add_values(scores, call.v.at<T>(batch, key, kv_head) + column, call.v.row_stride, count, columns, sum);
+      add_values(scores, call.v.at<T>(part.batch, key, part.kv_head) + part.column, call.v.row_stride, count,
+                 part.columns, sum);
     }
   }
-  for (int64_t member = 0; member < members; ++member) {
-    T* y = call.y.at<T>(batch, 0, first + member) + column;
-    const float inverse = empty ? 0.0f : 1.0f / total[member];
-    for (int64_t d = 0; d < columns; ++d) y[d] = from_float<T>(sums[member * columns + d] * inverse);
+  for (int64_t member = 0; member < part.members; ++member) {
+    const float inverse = 1.0f / total[member];
+    for (int64_t d = 0; d < part.columns; ++d) sums[member * part.columns + d] *= inverse;
+  }
+}
+
+template <class T>
+void decode(const AttentionDecode& call, const Part& part) {
+  float sums[most_sums], second[most_sums];
+  attend<T>(call, 0, part, sums);
+  if (call.sides == 2) {
+    attend<T>(call, 1, part, second);
+    for (int64_t member = 0; member < part.members; ++member) {
+      const float lam = call.lam[part.first + member];
+      for (int64_t i = member * part.columns; i < (member + 1) * part.columns; ++i) sums[i] -= lam * second[i];
+    }
+  }
+  for (int64_t member = 0; member < part.members; ++member) {
+    T* y = call.y.at<T>(part.batch, 0, part.first + member) + part.column;
+    for (int64_t d = 0; d < part.columns; ++d) y[d] = from_float<T>(sums[member * part.columns + d]);
   }
 }
 
 template <class T>
 void decode_task(const AttentionDecode& call, int64_t task) {
-  const int64_t batch = task / call.kv_heads, kv_head = task % call.kv_heads;
-  for (int64_t column = 0; column < call.value_width; column += most_sums) {
-    const int64_t columns = smaller(most_sums, call.value_width - column);
-    const int64_t together = smaller(call.group, most_sums / columns);
-    for (int64_t member = 0; member < call.group; member += together)
-      decode<T>(call, batch, kv_head, kv_head * call.group + member, smaller(together, call.group - member),
-                column, columns);
+  Part part;
+  part.batch = task / call.kv_heads;
+  part.kv_head = task % call.kv_heads;
+  for (part.column = 0; part.column < call.value_width; part.column += most_sums) {
+    part.columns = smaller(most_sums, call.value_width - part.column);
+    const int64_t together = smaller(call.group, most_sums / part.columns);
+    for (int64_t member = 0; member < call.group; member += together) {
+      part.first = part.kv_head * call.group + member;
+      part.members = smaller(together, call.group - member);
+      decode<T>(call, part);
+    }
   }
 }
 
