@@ -29,7 +29,8 @@ pytest: $(VENV)/.dev build
 
 install: $(VENV)/.search build
 
-# An editable installation: the sources here are what runs; `build` compiles what changed in csrc/.
+# An editable installation: the sources here are what runs, and `build` compiles what changed in csrc/,
+# so pip need not compile too.
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "star-kernels needs Python >= 3.10; PYTHON=... names another")'
 	$(PYTHON) -m venv $(VENV)
@@ -40,11 +41,11 @@ $(VENV)/.build-tools: $(VENV)/bin/python constraints.txt
 	@touch $@
 
 $(VENV)/.search: $(VENV)/.build-tools pyproject.toml
-	$(PIP) --no-build-isolation -e '.[search]'
+	STAR_KERNELS_CPP=0 $(PIP) --no-build-isolation -e '.[search]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.build-tools pyproject.toml
-	$(PIP) --no-build-isolation -e '.[dev]'
+	STAR_KERNELS_CPP=0 $(PIP) --no-build-isolation -e '.[dev]'
 	@touch $@ $(VENV)/.search
 
 build: $(VENV)/.compiled

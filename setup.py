@@ -2,6 +2,7 @@
 
 One shared object serves every Python >= 3.10 (limited API) and every torch >= 2.10 (LibTorch's stable ABI).
 Without a C++ compiler or torch's headers the package is built all the same, without compiled operators.
+The environment: CXX and CXXFLAGS, MAX_JOBS (compilers at a time), STAR_KERNELS_CPP=0 (no compiled operators).
 """
 
 from __future__ import annotations
@@ -149,6 +150,8 @@ class BuildWithNinja(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder = Path(self.build_temp).resolve() / "ninja"
         try:
+            if os.environ.get("STAR_KERNELS_CPP") == "0":
+                raise Unbuildable("STAR_KERNELS_CPP=0 asks for that")
             write_ninja(folder, target)
             jobs = os.environ.get("MAX_JOBS")
             command = [ninja_program(), "-C", str(folder), *(["-j", jobs] if jobs else [])]
