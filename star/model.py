@@ -25,8 +25,6 @@ from star_kernels.cache import ModelCache
 from star_kernels.layers import LivLayer, RMSNorm
 from star_kernels.layers.initial import normal_
 
-EMBEDDING_STD = 0.02
-
 
 class StarModel(nn.Module):
     """The language model that a genome describes; `build_model` makes it.
@@ -42,8 +40,8 @@ class StarModel(nn.Module):
     State dict: `embedding.weight` (V, D); `norms.I.weight` (D,) and `layers.I.*` for LIV I, as its layer's
     class says; `norm.weight` (D,). A shared featurizer appears once, under the first LIV that uses it.
 
-    Initialisation: embeddings N(0, 0.02²), norms ones, layers as their classes say, where the output
-    projection of each of n LIVs is scaled by n^-1/2.
+    Initialisation: embeddings N(0, 1/D), norms ones, layers as their classes say; their output projections
+    make up for the depth, so that all LIVs together add a variance of 1/16 to the embedding's 1/D.
     """
 
     def __init__(
@@ -221,7 +219,7 @@ def _seeded(seed: int, device: torch.device | str | None) -> Iterator[None]:
 
 class _Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
-        normal_(self.weight, EMBEDDING_STD)
+        normal_(self.weight, self.embedding_dim**-0.5)
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class AttentionFeaturizer(nn.Module):
         self.taps: nn.Parameter | None = None
         if kernel_size:
             taps = torch.empty(self.projection.out_features, kernel_size, device=device, dtype=dtype)
-            self.taps = nn.Parameter(_near_identity_(taps))
+            self.taps = nn.Parameter(normal_(taps, kernel_size**-0.5))
 
     def forward(self, x: Tensor, names: Sequence[str], cache: LayerCache | None = None) -> Features:
         """The named groups, in the order of ``GROUPS``; the queries must be among them."""
@@ -101,8 +101,8 @@ class Attention(LivLayer):
     State dict: ``featurizer.projection.weight`` ((H + 2 Hkv) Dh, D), rows in the order keys, queries, values;
     ``featurizer.taps`` with short convolutions; ``output.weight`` (D, D).
 
-    Initialisation: projections N(0, 1/D); convolutions near the identity (last tap 1, all with noise of
-    0.02); output N(0, 1 / (D · residual_layers)).
+    Initialisation: projections N(0, 1/D); taps N(0, 1/K), so that heads look at neighbours from the first
+    step on (near the identity they train more slowly); output N(0, 1/16 / (D · residual_layers)).
 
     Cache: ``key`` and ``value`` (B, max_length, Hkv, Dh), after convolution and rotary; with short
     convolutions ``tail``, the last kernel_size - 1 projections of the groups that the layer makes itself.
@@ -247,9 +247,3 @@ def _weights(query: Tensor, key: Tensor) -> Tensor:
     scores = torch.einsum("bihd,bjhd->bhij", query, key) * query.shape[-1] ** -0.5
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).triu(1)
     return scores.masked_fill(future, float("-inf")).softmax(dim=-1)
-
-
-@torch.no_grad()
-def _near_identity_(taps: Tensor) -> Tensor:
-    normal_(taps, 0.02)[:, -1] += 1
-    return taps

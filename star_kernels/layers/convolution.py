@@ -131,7 +131,7 @@ class GatedShortConv(GatedConv):
     State dict: ``featurizer.projection.weight`` (3D, D), rows B, C, value; ``featurizer.kernel`` (D, K), tap
     K-1 on the current token; ``output.weight`` (D, D).
 
-    Initialisation: projection N(0, 1/D), taps N(0, 1/K), output N(0, 1 / (D · residual_layers)).
+    Initialisation: projection N(0, 1/D), taps N(0, 1/K), output N(0, 1/16 / (D · residual_layers)).
 
     Cache: ``tail`` (B, K - 1, D), the last products B ⊙ v.
     """
@@ -238,7 +238,7 @@ class GatedLongConv(GatedConv):
     (:class:`ImplicitKernel`); ``skip`` (D,); ``output.weight`` (D, D).
 
     Initialisation: projection N(0, 1/D), the kernel as :class:`ImplicitKernel` says, skip ones, output
-    N(0, 1 / (D · residual_layers)).
+    N(0, 1/16 / (D · residual_layers)).
 
     Cache: ``history`` (B, max_length, D), all products B ⊙ v; the kernel's entries are computed once a cache.
     """

@@ -48,7 +48,7 @@ class SwiGLU(LivLayer):
 
     State dict: ``featurizer.projection.weight`` (2 hidden, D), rows gate, up; ``output.weight`` (D, hidden).
 
-    Initialisation: projection N(0, 1/D), output N(0, 1 / (hidden · residual_layers)). Cache: nothing.
+    Initialisation: projection N(0, 1/D), output N(0, 1/16 / (hidden · residual_layers)). Cache: nothing.
     """
 
     groups = ("gate", "up")

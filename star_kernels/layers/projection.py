@@ -83,11 +83,17 @@ class GroupProjection(nn.Linear):
         return [(run, [self.widths[name] for name in run]) for run in runs]
 
 
+OUTPUT_GAIN = 0.25
+
+
 class OutputProjection(nn.Linear):
     """The dense channel mixing at the end of a layer, whose result is added to the residual stream.
 
-    Initialised from N(0, 1 / (width · residual_layers)): the sum that ``residual_layers`` layers add to the
-    stream has unit variance then, however deep the model is (GPT-2's scaling).
+    Initialised from N(0, 1/16 / (width · residual_layers)): from inputs of unit variance, all
+    ``residual_layers`` layers of a model together add a variance of 1/16 to the stream, however many they are
+    (the 1 / depth is GPT-2's). The 1/16 goes with embeddings of variance 1/D: small enough beside them that
+    every layer sees which token it is at, large enough that a head tied to the embedding does not insist on
+    repeating that token.
     """
 
     def __init__(
@@ -103,5 +109,5 @@ class OutputProjection(nn.Linear):
         super().__init__(width, dim, bias=False, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
-        """Draws the weight from N(0, 1 / (width · residual_layers))."""
-        normal_(self.weight, (self.in_features * self.residual_layers) ** -0.5)
+        """Draws the weight from N(0, 1/16 / (width · residual_layers))."""
+        normal_(self.weight, OUTPUT_GAIN * (self.in_features * self.residual_layers) ** -0.5)

@@ -113,7 +113,7 @@ class SelectiveSSM(LivLayer):
     (D, D).
 
     Initialisation: Mamba's: A = -(1, ..., N) in every channel, step sizes log-uniform in 0.001 to 0.1, skip
-    ones; projections N(0, 1/D); output N(0, 1 / (D · residual_layers)).
+    ones; projections N(0, 1/D); output N(0, 1/16 / (D · residual_layers)).
 
     Cache: ``tail`` (B, conv_kernel - 1, D), ``state`` (B, D, N) float32.
     """

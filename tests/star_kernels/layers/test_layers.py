@@ -349,8 +349,8 @@ def test_wrong_sizes(make: Any, message: str) -> None:
 def test_outputs_are_scaled_to_the_depth() -> None:
     shallow = layers.SwiGLU(256, 512).output.weight
     deep = layers.SwiGLU(256, 512, residual_layers=16).output.weight
-    assert math.isclose(shallow.std().item(), 512**-0.5, rel_tol=0.02)
-    assert math.isclose(deep.std().item(), 512**-0.5 / 4, rel_tol=0.02)
+    assert math.isclose(shallow.std().item(), 512**-0.5 / 4, rel_tol=0.02)
+    assert math.isclose(deep.std().item(), 512**-0.5 / 16, rel_tol=0.02)
 
 
 def test_mambas_initial_values() -> None:
