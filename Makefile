@@ -10,7 +10,7 @@ TEST_WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test lint types pytest install build clean
+.PHONY: demo test bench-cpu lint types pytest install build clean
 
 demo: $(VENV)/.search build
 	@if [ -e $(RUN)/run.db ]; then $(BIN)/star resume $(RUN); else $(BIN)/star search $(RUN) --preset demo; fi
@@ -23,6 +23,10 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy star star_kernels benchmarks
+
+# Remakes benchmarks/results/cpu.md, in about ten minutes of an otherwise idle machine.
+bench-cpu: $(VENV)/.dev build
+	$(BIN)/python -m benchmarks.cpu $(BENCH)
 
 pytest: $(VENV)/.dev build
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal

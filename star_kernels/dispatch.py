@@ -8,7 +8,8 @@ in one sentence why it cannot.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,7 @@ class Implementation:
 
 _implementations: dict[str, dict[str, Implementation]] = {}
 _compiled_problem: str | None = None
+_in_use: str | None = None  # what `use` puts in the place of backend=None
 
 
 def load_compiled() -> bool:
@@ -71,6 +73,30 @@ def register(
     _implementations.setdefault(operator, {})[backend] = Implementation(function, device_type, dtypes)
 
 
+@contextmanager
+def use(backend: str | None) -> Iterator[None]:
+    """Inside, ``backend=None`` means ``backend``, for every operator: a whole model on one backend.
+
+        with dispatch.use("reference"):
+            model(ids)
+
+    Calls that name a backend keep it. A call that ``backend`` does not cover raises, as if it had named it.
+    None puts the choice of the fastest back. Holds for all threads of the process, and for what a backward
+    pass computes again, so the backward pass belongs inside as well.
+
+    Raises:
+        ValueError: ``backend`` is no backend's name.
+    """
+    global _in_use
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it takes None or {', '.join(map(repr, BACKENDS))}")
+    before, _in_use = _in_use, backend
+    try:
+        yield
+    finally:
+        _in_use = before
+
+
 def choose(operator: str, backend: str | None, tensor: Tensor) -> Callable[..., Any]:
     """The implementation of ``operator`` that answers a call whose first tensor is ``tensor``.
 
@@ -78,6 +104,8 @@ def choose(operator: str, backend: str | None, tensor: Tensor) -> Callable[..., 
         ValueError: ``backend`` is no backend's name, or does not cover this call.
     """
     forms = _implementations[operator]
+    if backend is None:
+        backend = _in_use
     if backend is None:
         for name in BACKENDS:
             form = forms.get(name)
@@ -99,7 +127,9 @@ def choose(operator: str, backend: str | None, tensor: Tensor) -> Callable[..., 
 
 def compiled_form(operator: str, backend: str | None, first: Any) -> Callable[..., Any] | None:
     """The compiled CPU form, where it answers a call whose first argument is ``first``, a plain tensor."""
-    if backend is None and type(first) is Tensor:
+    if backend is None:
+        backend = _in_use
+    if backend in (None, "cpp") and type(first) is Tensor:
         form = _implementations[operator].get("cpp")
         if form is not None and form.problem(first) is None:
             return form.function

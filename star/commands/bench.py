@@ -9,13 +9,13 @@ import typer
 from star.commands.errors import reported
 
 if TYPE_CHECKING:
-    from star.bench import Measurement
+    from star.bench import Case, Measurement, Timing
 
 
 def bench(
     operators: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[OPERATOR]...", help="Like gated_short_conv; all of them by default."),
+        typer.Argument(metavar="[OPERATOR]...", help="Like gated_short_conv; all but steps by default."),
     ] = None,
     shape: Annotated[
         str | None, typer.Option(help="Its sizes, like 4,2048,768,3; --list names them.")
@@ -26,30 +26,34 @@ def bench(
         int | None, typer.Option(min=1, help="CPU threads; torch's own number by default.")
     ] = None,
     backward: Annotated[bool, typer.Option("--backward", help="Forward and backward pass.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Also the reference under torch.compile (may take minutes).")
+    ] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers/--no-peers", help="Also other packages; some take minutes.")
+    ] = True,
     seconds: Annotated[float, typer.Option(min=0.0, help="About as long for each operator.")] = 2.0,
     list_them: Annotated[bool, typer.Option("--list", help="Name the operators and their sizes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Time the operators, backend by backend, beside a copy of the same bytes.
+    """Time the operators: each backend, PyTorch compositions and installed peers.
+
+    Beside them a copy of the same bytes and a matrix product, which bound what can be reached.
 
     [dim]star bench gated_short_conv --shape 4,2048,768,3 --threads 2[/dim]
     """
     with reported():
         from star import bench as timing
-        from star.commands.terminal import emit, screen
+        from star.commands.terminal import emit, say, screen
 
         sizes = None if shape is None else _sizes(shape)
         if sizes is not None and len(operators or ()) != 1:
             raise ValueError("--shape takes one operator with it, since their sizes differ")
-        cases = [timing.case(name, sizes) for name in operators or timing.CASES]
         if list_them:
-            if as_json:
-                emit({case.operator: dict(case.sizes) for case in cases})
-                return
-            for case in cases:
-                numbers = ",".join(str(size) for size in case.sizes.values())
-                screen().print(f"{case.operator:24} {' '.join(case.sizes):12} {numbers}")
+            names = operators or [*timing.CASES, *timing.STEPS]
+            _list([timing.case(name, sizes) for name in names], as_json)
             return
+        cases = [timing.case(name, sizes) for name in operators or timing.CASES]
         if backward and operators is None:
             cases = [case for case in cases if case.gradients]
         console, log = screen(as_json), screen(True)
@@ -58,11 +62,20 @@ def bench(
             with log.status(f"timing {case.operator}"):
                 results.append(
                     timing.measure(
-                        case, dtype=dtype, device=device, threads=threads, backward=backward, seconds=seconds
+                        case,
+                        dtype=dtype,
+                        device=device,
+                        threads=threads,
+                        passes="both" if backward else "forward",
+                        seconds=seconds,
+                        compiled=compiled,
+                        peers=("",) if peers else (),
                     )
                 )
             if not as_json:
                 console.print(_table(results[-1]))
+                for name, reason in results[-1].absent.items():
+                    say(console, f"not timed: {name} ({reason})", "dim")
     if as_json:
         emit([result.to_json() for result in results])
 
@@ -74,36 +87,69 @@ def _sizes(text: str) -> list[int]:
         raise ValueError(f"shape is {text!r}, takes sizes with commas, like 4,2048,768") from None
 
 
+def _list(cases: list[Case], as_json: bool) -> None:
+    from star.commands.terminal import emit, screen
+
+    if as_json:
+        emit({case.operator: dict(case.sizes) for case in cases})
+        return
+    for case in cases:
+        numbers = ",".join(str(size) for size in case.sizes.values())
+        screen().print(f"{case.operator:28} {' '.join(case.sizes):12} {numbers}")
+
+
 def _table(result: Measurement) -> object:
     from rich import box
     from rich.table import Table
 
     sizes = ", ".join(f"{name} {size}" for name, size in result.sizes.items())
-    passes = "forward + backward" if result.backward else "forward"
+    passes = "forward + backward" if result.passes == "both" else result.passes
+    threads = f"{result.threads} thread{'s' if result.threads > 1 else ''}"
     table = Table(
-        title=f"{result.operator}  {sizes}  {result.dtype}, {result.device}, "
-        f"{result.threads} threads, {passes}",
+        title=f"{result.operator}  {sizes}  {result.dtype}, {result.device}, {threads}, {passes}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    table.add_column("backend", no_wrap=True, min_width=10)
-    for name in ("median", "fastest", "ratio", "GB/s", "of a copy", "samples"):
+    table.add_column("", no_wrap=True, min_width=10)
+    for name in ("median", "ratio", "GB/s", "of a copy", "GFLOP/s", "of a product", "samples"):
         table.add_column(name, justify="right", no_wrap=True)
-    quickest = min(timing.median for timing in result.timings)
-    for timing in (*result.timings, result.copy):
-        table.add_row(
-            timing.backend,
-            _milliseconds(timing.median),
-            _milliseconds(timing.fastest),
-            f"{timing.median / quickest:.2f}x",
-            f"{result.bandwidth(timing) / 1e9:.1f}",
-            f"{result.copy_fraction(timing):.0%}",
-            str(timing.samples),
-            style="bold" if timing.median == quickest else "dim" if timing is result.copy else "",
-        )
+    quickest = min(timing.median for timing in (*result.backends, *result.peers))
+    for group in (result.backends, result.peers):
+        for timing in group:
+            style = "bold" if timing.median == quickest else ""
+            table.add_row(*_numbers(result, timing, quickest), style=style)
+        table.add_section()
+    copied = f"{result.bytes / result.copy.median / 1e9:.1f}"
+    multiplied = f"{result.product_operations / result.product.median / 1e9:.1f}"
+    copy, product = result.copy, result.product
+    table.add_row("copy", _milliseconds(copy), "", copied, "", "", "", str(copy.samples), style="dim")
+    table.add_row(
+        "matrix product",
+        _milliseconds(product),
+        "",
+        "",
+        "",
+        multiplied,
+        "",
+        str(product.samples),
+        style="dim",
+    )
     return table
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3f} ms"
+def _numbers(result: Measurement, timing: Timing, quickest: float) -> tuple[str, ...]:
+    return (
+        timing.name,
+        _milliseconds(timing),
+        f"{timing.median / quickest:.2f}x",
+        f"{result.bandwidth(timing) / 1e9:.1f}",
+        f"{result.copy_fraction(timing):.0%}",
+        f"{result.rate(timing) / 1e9:.1f}",
+        f"{result.product_fraction(timing):.1%}",
+        str(timing.samples),
+    )
+
+
+def _milliseconds(timing: Timing) -> str:
+    return f"{1e3 * timing.median:.4g} ms"
