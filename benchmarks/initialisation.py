@@ -135,7 +135,7 @@ def main() -> None:
     corpus = open_corpus(None)
     config = ModelConfig(width=options.width, head_dim=options.width // 4, vocab_size=corpus.vocab_size)
     settings = ProxySettings(
-        steps=STEPS, batch_size=8, length=128, warmup_steps=5, validation_batches=1, threads=1
+        steps=STEPS, batch_size=8, length=64, warmup_steps=5, validation_batches=1, threads=1
     )
     rng = np.random.default_rng(options.seed)
     genomes = [repaired_genome(options.depth, rng) for _ in range(options.genomes)]

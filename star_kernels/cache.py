@@ -95,11 +95,13 @@ class LayerCache:
 
         Tokens of an aliased tensor are there already: its owner wrote them.
         """
-        end = self.position + new.shape[1]
-        tensor = self.tensors[name]
+        self.write(name, new)
+        return self.tensors[name][:, : self.position + new.shape[1]].to(new.dtype)
+
+    def write(self, name: str, new: Tensor) -> None:
+        """Writes new tokens (B, L, ...) behind those read, unless the tensor's owner does."""
         if name not in self.aliased:
-            tensor[:, self.position : end] = new
-        return tensor[:, :end].to(new.dtype)
+            self.tensors[name].narrow(1, self.position, new.shape[1]).copy_(new)
 
     def derive(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """What ``compute`` makes of the layer's weights, made once and kept in ``derived``."""

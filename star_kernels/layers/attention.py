@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from star_kernels.attention import attention, diff_attention
+from star_kernels.attention import attention, attention_decode, diff_attention
 from star_kernels.cache import CacheTensor, LayerCache
 from star_kernels.layers import stateful
 from star_kernels.layers.base import Features, LivLayer, made_groups, require_positive
@@ -161,12 +161,22 @@ class Attention(LivLayer):
     def operate(self, features: Features, cache: LayerCache | None = None) -> Tensor:
         """Attention over this call's tokens and those of the cache, heads side by side, (B, L, D)."""
         query, key, value = features["query"], features["key"], features["value"]
-        if cache is not None:
-            key, value = cache.extend("key", key), cache.extend("value", value)
-        return self._attend(query, key, value).flatten(2)
+        if cache is None:
+            return self._attend(query, key, value).flatten(2)
+        if query.shape[1] == 1 and cache.tensors["key"].dtype == query.dtype:
+            cache.write("key", key)
+            cache.write("value", value)
+            return self._decode(query, cache).flatten(2)
+        return self._attend(query, cache.extend("key", key), cache.extend("value", value)).flatten(2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attention(query, key, value)
+
+    def _decode(self, query: Tensor, cache: LayerCache) -> Tensor:
+        """One token over the cache, which holds it already."""
+        count = torch.full((query.shape[0],), cache.position + 1, dtype=torch.int32, device=query.device)
+        y = attention_decode(query[:, 0], cache.tensors["key"], cache.tensors["value"], count)
+        return y.unsqueeze(1)
 
     def cache_tensors(self, max_length: int, shared: Sequence[str] = ()) -> list[CacheTensor]:
         """Keys, values, and the tail of the short convolutions."""
@@ -232,6 +242,10 @@ class DiffAttention(Attention):
         q1, q2 = query.chunk(2, dim=-1)
         k1, k2 = key.chunk(2, dim=-1)
         return diff_attention(q1, k1, q2, k2, value, self.lam)
+
+    def _decode(self, query: Tensor, cache: LayerCache) -> Tensor:
+        end = cache.position + 1
+        return self._attend(query, cache.tensors["key"][:, :end], cache.tensors["value"][:, :end])
 
     def materialize(self, x: Tensor, given: Mapping[str, Tensor] | None = None) -> Tensor:
         """T (B, H, L, L): the difference of two causal softmax matrices, of rank Dh / 2 before it."""

@@ -68,7 +68,7 @@ class GroupProjection(nn.Linear):
             self._known_runs[names] = self._runs(names)
         features: dict[str, Tensor] = {}
         for run, widths in self._known_runs[names]:
-            features.update(zip(run, self.fused(x, run).split(widths, dim=-1), strict=True))
+            features.update(zip(run, self.fused(x, run).split_with_sizes(widths, dim=-1), strict=True))
         return features
 
     def _runs(self, names: Sequence[str]) -> list[tuple[list[str], list[int]]]:
