@@ -33,10 +33,11 @@ inline Dtype dtype_of(const Tensor& tensor, const char* name) {
 // A tensor with these sizes (-1: any), on the CPU.
 inline void check_sizes(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
-  bool fits = tensor.dim() == static_cast<int64_t>(sizes.size());
-  int64_t dim = 0;
+  const auto actual = tensor.sizes();
+  bool fits = actual.size() == sizes.size();
+  size_t dim = 0;
   for (int64_t size : sizes) {
-    fits = fits && (size < 0 || tensor.size(dim) == size);
+    fits = fits && (size < 0 || actual[dim] == size);
     ++dim;
   }
   STD_TORCH_CHECK(fits, name, " has a wrong shape");
@@ -77,10 +78,17 @@ inline Tensor empty_cpu(const std::vector<int64_t>& sizes, int32_t dtype) {
   return Tensor(handle);
 }
 
-inline Tensor empty_like_shape(const Tensor& like, const std::vector<int64_t>& sizes) {
+// The number by which torch names the dtype, cheaper to get and compare than its ScalarType.
+inline int32_t dtype_number(const Tensor& tensor) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  return empty_cpu(sizes, dtype);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+inline bool is_float32(const Tensor& tensor) { return dtype_number(tensor) == aoti_torch_dtype_float32(); }
+
+inline Tensor empty_like_shape(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return empty_cpu(sizes, dtype_number(like));
 }
 
 inline Tensor empty_float(const Tensor&, const std::vector<int64_t>& sizes) {
@@ -89,7 +97,7 @@ inline Tensor empty_float(const Tensor&, const std::vector<int64_t>& sizes) {
 
 // Any floating tensor as contiguous float32 (itself where it is that already).
 inline Tensor as_float(const Tensor& tensor) {
-  const bool is_float = tensor.scalar_type() == ScalarType::Float;
+  const bool is_float = is_float32(tensor);
   if (is_float && tensor.is_contiguous()) return tensor;
   return torch::stable::contiguous(is_float ? tensor : torch::stable::to(tensor, ScalarType::Float));
 }

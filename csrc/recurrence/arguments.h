@@ -2,6 +2,7 @@
 #pragma once
 
 #include <tuple>
+#include <utility>
 
 #include "../common/tensor.h"
 #include "kernels.h"
@@ -14,7 +15,9 @@ class Arguments {
   Sequences sequences;
 
   Arguments(const Tensor& first, const OptionalTensor& cu_seqlens)
-      : sequences(cu_seqlens, first.size(0), first.size(1)), scalar_type(first.scalar_type()) {}
+      : sequences(cu_seqlens, first.size(0), first.size(1)), dtype(dtype_number(first)) {
+    kept.reserve(16);
+  }
 
   Spans spans() const {
     return Spans{sequences.packed() ? sequences.offsets.data() : nullptr, sequences.count, sequences.length};
@@ -23,7 +26,7 @@ class Arguments {
   // An activation: in the dtype of the first tensor, its last dimension made contiguous where it is not.
   const Tensor& activation(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
     check_sizes(tensor, name, sizes);
-    check_dtype(tensor, name, scalar_type);
+    check_same_dtype(tensor, name);
     return keep(with_contiguous_rows(tensor));
   }
 
@@ -45,13 +48,17 @@ class Arguments {
     return tensor ? floats(*tensor, name, sizes) : nullptr;
   }
 
-  const Tensor& keep(const Tensor& tensor) {
-    kept.push_back(tensor);
+  void check_same_dtype(const Tensor& tensor, const char* name) const {
+    STD_TORCH_CHECK(dtype_number(tensor) == dtype, name, " has a wrong dtype");
+  }
+
+  const Tensor& keep(Tensor tensor) {
+    kept.push_back(std::move(tensor));
     return kept.back();
   }
 
  private:
-  ScalarType scalar_type;
+  int32_t dtype;
   std::vector<Tensor> kept;
 };
 
@@ -60,7 +67,7 @@ inline float* floats_of(const Tensor& tensor) { return static_cast<float*>(tenso
 // A float32 state that a step overwrites: the last dimension contiguous, never copied.
 inline void check_state(const Tensor& state, const char* name, std::initializer_list<int64_t> sizes) {
   check_sizes(state, name, sizes);
-  check_dtype(state, name, ScalarType::Float);
+  STD_TORCH_CHECK(is_float32(state), name, " must be float32");
   const int64_t last = state.dim() - 1;
   STD_TORCH_CHECK(state.size(last) <= 1 || state.stride(last) == 1, name,
                   "'s last dimension must be contiguous");

@@ -10,8 +10,6 @@ namespace star {
 namespace STAR_LEVEL {
 namespace {
 
-constexpr int64_t chunk = 16;  // tokens
-
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 struct Scratch {
@@ -25,13 +23,23 @@ struct Scratch {
   }
 };
 
+// Asks for a row that comes later: rows of a head are too far apart for the hardware to foresee. A prefetch
+// never faults, so the address may lie outside the tensor.
+template <class T>
+inline void prefetch(const T* row, int64_t width, int64_t elements_away) {
+  const uintptr_t first = reinterpret_cast<uintptr_t>(row) + static_cast<uintptr_t>(elements_away) * sizeof(T);
+  for (uintptr_t byte = 0; byte < static_cast<uintptr_t>(width) * sizeof(T); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(first + byte));
+}
+
 // to[t, 0:width] = factor from[time + t, head, first:first+width] for a chunk of tokens; rows of `to` are
-// `stride` apart.
+// `stride` apart. The walk comes next to tokens that are `ahead` away, and so do prefetches.
 template <class T>
 void stage(float* to, int64_t stride, const Heads& from, int64_t batch, int64_t time, int64_t head,
-           int64_t first, int64_t width, int64_t tokens, float factor = 1.0f) {
+           int64_t first, int64_t width, int64_t tokens, int64_t ahead, float factor = 1.0f) {
   for (int64_t t = 0; t < tokens; ++t) {
     const T* row = from.at<T>(batch, time + t, head) + first;
+    prefetch(row, width, ahead * from.row_stride);
     float* into = to + t * stride;
     for (int64_t i = 0; i < width; ++i) into[i] = factor * to_float(row[i]);
   }

@@ -4,8 +4,9 @@
 namespace star {
 namespace {
 
-constexpr int64_t column_tile = 32;  // columns of a state a task, at most
-constexpr int64_t row_tile = 16;     // rows of a state a task; the kernel's row_tile
+constexpr int64_t wide_tile = 64;    // columns or rows of a state a task, where heads fill the machine,
+constexpr int64_t narrow_tile = 16;  // and where they do not: tiles repeat the loads of what they share
+constexpr int64_t plenty = 8;        // states
 
 struct Inputs {
   Tensor q, k, v;
@@ -49,7 +50,7 @@ template <class Call>
 void fill(Call& call, Arguments& arguments, const Inputs& in, const Sizes& sizes, bool step) {
   const auto activation = [&](const Tensor& tensor, const char* name, int64_t heads, int64_t last) {
     check(tensor, name, step, sizes, heads, last);
-    check_dtype(tensor, name, in.v.scalar_type());
+    arguments.check_same_dtype(tensor, name);
     return heads_of(last < 0 ? tensor : arguments.keep(with_contiguous_rows(tensor)), step);
   };
   call.dtype = dtype_of(in.v, "v");
@@ -66,17 +67,21 @@ void fill(Call& call, Arguments& arguments, const Inputs& in, const Sizes& sizes
   call.decay_of_keys = in.log_decay && in.log_decay->dim() == (step ? 3 : 4);
   if (in.log_decay) {
     check(*in.log_decay, "log_decay", step, sizes, sizes.heads, call.decay_of_keys ? sizes.keys : -1);
-    const bool is_float = in.log_decay->scalar_type() == ScalarType::Float;
-    const Tensor floats = is_float ? *in.log_decay : as_float(*in.log_decay);
+    const Tensor floats = is_float32(*in.log_decay) ? *in.log_decay : as_float(*in.log_decay);
     call.log_decay = heads_of(arguments.keep(call.decay_of_keys ? with_contiguous_rows(floats) : floats), step);
   }
+}
+
+int64_t tile_of(int64_t size, int64_t states) {
+  const int64_t tile = states >= plenty ? wide_tile : narrow_tile;
+  return size < 1 ? 1 : size < tile ? size : tile;
 }
 
 MatrixState prepare(Arguments& arguments, const Inputs& in, const Sizes& sizes, const OptionalTensor& initial) {
   MatrixState call;
   fill(call, arguments, in, sizes, false);
   call.spans = arguments.spans();
-  call.tile = sizes.values < column_tile ? (sizes.values > 0 ? sizes.values : 1) : column_tile;
+  call.tile = tile_of(sizes.values, call.spans.count * sizes.heads);
   call.tiles = (sizes.values + call.tile - 1) / call.tile;
   call.initial = arguments.floats(initial, "initial_state",
                                   {call.spans.count, sizes.heads, sizes.keys, sizes.values});
@@ -160,8 +165,8 @@ void rows(MatrixStateBackward& call, const Inputs& in, const Sizes& sizes, Gradi
   Tensor dq = empty_float(in.v, of_keys), dk = empty_float(in.v, of_keys), parts;
   call.dq = heads_of(dq, false);
   call.dk = heads_of(dk, false);
-  call.row_tile = row_tile;
-  call.row_tiles = (sizes.keys + row_tile - 1) / row_tile;
+  call.row_tile = tile_of(sizes.keys, forward.spans.count * sizes.heads);
+  call.row_tiles = (sizes.keys + call.row_tile - 1) / call.row_tile;
   call.dlog_decay_tile_stride = sizes.batch * sizes.length * sizes.heads;
   const bool summed = in.log_decay && !forward.decay_of_keys;
   if (!in.log_decay) {
@@ -189,7 +194,7 @@ Gradients backward(const Tensor& dy, const OptionalTensor& dfinal_state, const I
   call.forward = prepare(arguments, in, sizes, initial_state);
   const int64_t sequences = call.forward.spans.count;
   check(dy, "dy", false, sizes, sizes.heads, sizes.values);
-  check_dtype(dy, "dy", in.v.scalar_type());
+  arguments.check_same_dtype(dy, "dy");
   call.dy = heads_of(arguments.keep(with_contiguous_rows(dy)), false);
   call.dfinal = arguments.floats(dfinal_state, "dfinal_state", {sequences, sizes.heads, sizes.keys, sizes.values});
   Gradients out;

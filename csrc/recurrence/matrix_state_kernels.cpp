@@ -2,7 +2,7 @@
 // columns, one token; compiled once per instruction-set level.
 //
 // Token by token on purpose: at head widths of CPU models the chunk form needs as many multiplications, and
-// a tile of columns of S stays in the first-level cache from the first token to the last. Columns of S share
+// a strip of columns of S stays in the first-level cache from the first token to the last. Columns of S share
 // nothing: column j of the linear rule reads v_j alone, and the delta rule's u_j reads column j alone.
 //
 // Forward:   S = a S + k u^T,  y = S^T q
@@ -17,37 +17,40 @@ namespace star {
 namespace STAR_LEVEL {
 namespace {
 
-// One chunk of tokens for one tile of columns. Rows are tokens; row `tokens` (forward) or row -1 (backward)
+constexpr int64_t chunk = 16;         // tokens
+constexpr int64_t widest_strip = 32;  // columns of S walked over at a time: what registers hold
+
+// One chunk of tokens for one strip of columns. Rows are tokens; row `tokens` (forward) or row -1 (backward)
 // of k and q is zero, so that the walk may gather for a token that is not there.
 struct Columns {
-  int64_t keys, width;  // rows of S, and columns of the tile that are there; the others are never read
+  int64_t keys;
   Scratch buffer;
   float *q, *k, *a, *ka, *value, *out, *beta;
 
-  Columns(int64_t keys, int64_t tile)
-      : keys(keys), width(0), buffer((chunk + 2) * (4 * keys + 2 * tile) + chunk) {
-    const int64_t rows = (chunk + 2) * keys, columns = (chunk + 2) * tile;
+  Columns(int64_t keys, int64_t strip)
+      : keys(keys), buffer((chunk + 2) * (4 * keys + 2 * strip) + chunk) {
+    const int64_t rows = (chunk + 2) * keys, columns = (chunk + 2) * strip;
     q = buffer.data + keys;  // one row of zeros before the first
     k = q + rows;
     a = k + rows;
     ka = a + rows;
-    value = ka + rows - keys + tile;
+    value = ka + rows - keys + strip;
     out = value + columns;
-    beta = out + columns - tile;
+    beta = out + columns - strip;
   }
 };
 
 template <int V>
 void linear_forward(float* S, const Columns& at, int64_t tokens) {
-  constexpr int64_t tile = V * lanes;
+  constexpr int64_t strip = V * lanes;
   for (int64_t t = 0; t < tokens; ++t) {
     const float *q = at.q + t * at.keys, *k = at.k + t * at.keys, *a = at.a + t * at.keys;
     Vector value[V], y[V] = {};
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) value[v] = load(at.value + t * tile + v * lanes);
+    for (int v = 0; v < V; ++v) value[v] = load(at.value + t * strip + v * lanes);
     for (int64_t i = 0; i < at.keys; ++i) {
       const Vector a_i = broadcast(a[i]), k_i = broadcast(k[i]), q_i = broadcast(q[i]);
-      float* row = S + i * tile;
+      float* row = S + i * strip;
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
         const Vector s = a_i * load(row + v * lanes) + k_i * value[v];
@@ -56,33 +59,33 @@ void linear_forward(float* S, const Columns& at, int64_t tokens) {
       }
     }
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) store(at.out + t * tile + v * lanes, y[v]);
+    for (int v = 0; v < V; ++v) store(at.out + t * strip + v * lanes, y[v]);
   }
 }
 
 // With READ the outputs are y, without it they are the errors e.
 template <int V, bool READ>
 void delta_forward(float* S, const Columns& at, int64_t tokens) {
-  constexpr int64_t tile = V * lanes;
+  constexpr int64_t strip = V * lanes;
   Vector held[V] = {};  // (a S)^T k of the token that comes next
   for (int64_t i = 0; i < at.keys; ++i)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) held[v] += broadcast(at.ka[i]) * load(S + i * tile + v * lanes);
+    for (int v = 0; v < V; ++v) held[v] += broadcast(at.ka[i]) * load(S + i * strip + v * lanes);
   for (int64_t t = 0; t < tokens; ++t) {
     const float *q = at.q + t * at.keys, *k = at.k + t * at.keys, *a = at.a + t * at.keys;
     const float* next = at.ka + (t + 1) * at.keys;
     Vector u[V], y[V] = {};
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      const Vector error = load(at.value + t * tile + v * lanes) - held[v];
-      if (!READ) store(at.out + t * tile + v * lanes, error);
+      const Vector error = load(at.value + t * strip + v * lanes) - held[v];
+      if (!READ) store(at.out + t * strip + v * lanes, error);
       u[v] = at.beta[t] * error;
       held[v] = Vector{};
     }
     for (int64_t i = 0; i < at.keys; ++i) {
       const Vector a_i = broadcast(a[i]), k_i = broadcast(k[i]), q_i = broadcast(q[i]);
       const Vector next_i = broadcast(next[i]);
-      float* row = S + i * tile;
+      float* row = S + i * strip;
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
         const Vector s = a_i * load(row + v * lanes) + k_i * u[v];
@@ -93,21 +96,21 @@ void delta_forward(float* S, const Columns& at, int64_t tokens) {
     }
     if (READ)
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) store(at.out + t * tile + v * lanes, y[v]);
+      for (int v = 0; v < V; ++v) store(at.out + t * strip + v * lanes, y[v]);
   }
 }
 
 template <int V>
 void linear_backward(float* C, const Columns& at, int64_t tokens) {
-  constexpr int64_t tile = V * lanes;
+  constexpr int64_t strip = V * lanes;
   for (int64_t t = tokens - 1; t >= 0; --t) {
     const float *q = at.q + t * at.keys, *k = at.k + t * at.keys, *a = at.a + t * at.keys;
     Vector dy[V], du[V] = {};
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) dy[v] = load(at.value + t * tile + v * lanes);
+    for (int v = 0; v < V; ++v) dy[v] = load(at.value + t * strip + v * lanes);
     for (int64_t i = 0; i < at.keys; ++i) {
       const Vector a_i = broadcast(a[i]), k_i = broadcast(k[i]), q_i = broadcast(q[i]);
-      float* row = C + i * tile;
+      float* row = C + i * strip;
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
         const Vector dS = load(row + v * lanes) + q_i * dy[v];
@@ -116,22 +119,22 @@ void linear_backward(float* C, const Columns& at, int64_t tokens) {
       }
     }
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) store(at.out + t * tile + v * lanes, du[v]);
+    for (int v = 0; v < V; ++v) store(at.out + t * strip + v * lanes, du[v]);
   }
 }
 
 template <int V>
 void delta_backward(float* C, const Columns& at, int64_t tokens) {
-  constexpr int64_t tile = V * lanes;
+  constexpr int64_t strip = V * lanes;
   Vector dy[V], du[V] = {};
   const float *q = at.q + (tokens - 1) * at.keys, *k = at.k + (tokens - 1) * at.keys;
 #pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) dy[v] = load(at.value + (tokens - 1) * tile + v * lanes);
+  for (int v = 0; v < V; ++v) dy[v] = load(at.value + (tokens - 1) * strip + v * lanes);
   for (int64_t i = 0; i < at.keys; ++i)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      const Vector dS = load(C + i * tile + v * lanes) + broadcast(q[i]) * dy[v];
-      store(C + i * tile + v * lanes, dS);
+      const Vector dS = load(C + i * strip + v * lanes) + broadcast(q[i]) * dy[v];
+      store(C + i * strip + v * lanes, dS);
       du[v] += broadcast(k[i]) * dS;
     }
   for (int64_t t = tokens - 1; t >= 0; --t) {
@@ -141,15 +144,15 @@ void delta_backward(float* C, const Columns& at, int64_t tokens) {
     Vector w[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      store(at.out + t * tile + v * lanes, du[v]);
+      store(at.out + t * strip + v * lanes, du[v]);
       w[v] = at.beta[t] * du[v];
-      dy[v] = load(at.value + (t - 1) * tile + v * lanes);
+      dy[v] = load(at.value + (t - 1) * strip + v * lanes);
       du[v] = Vector{};
     }
     for (int64_t i = 0; i < at.keys; ++i) {
       const Vector k_i = broadcast(k_t[i]), a_i = broadcast(a[i]), q_i = broadcast(q[i]);
       const Vector next_i = broadcast(k[i]);
-      float* row = C + i * tile;
+      float* row = C + i * strip;
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
         const Vector dS = a_i * (load(row + v * lanes) - k_i * w[v]) + q_i * dy[v];
@@ -160,76 +163,97 @@ void delta_backward(float* C, const Columns& at, int64_t tokens) {
   }
 }
 
-// Stages one chunk. `value` is v or dy.
+// Stages what all columns of a chunk share.
 template <class T>
-void stage_columns(const MatrixState& call, const Place& place, Columns& at, const Heads& value, int64_t time,
-                   int64_t tokens, int64_t tile) {
+void stage_keys(const MatrixState& call, const Place& place, Columns& at, int64_t time, int64_t tokens,
+                int64_t ahead) {
   const int64_t keys = call.keys, batch = place.batch;
-  stage<T>(at.q, keys, call.q, batch, time, place.key_head, 0, keys, tokens, call.scale);
-  stage<T>(at.k, keys, call.k, batch, time, place.key_head, 0, keys, tokens);
+  stage<T>(at.q, keys, call.q, batch, time, place.key_head, 0, keys, tokens, ahead, call.scale);
+  stage<T>(at.k, keys, call.k, batch, time, place.key_head, 0, keys, tokens, ahead);
   stage_decay(at.a, keys, call, batch, time, place.head, 0, keys, tokens);
-  stage<T>(at.value, tile, value, batch, time, place.head, place.tile * call.tile, at.width, tokens);
   if (!call.delta) return;
-  stage<T>(at.beta, 1, call.beta, batch, time, place.head, 0, 1, tokens);
+  stage<T>(at.beta, 1, call.beta, batch, time, place.head, 0, 1, tokens, ahead);
   for (int64_t i = 0; i < tokens * keys; ++i) at.ka[i] = at.k[i] * at.a[i];
   for (int64_t i = 0; i < keys; ++i) at.ka[tokens * keys + i] = 0.0f;
 }
 
-// A tile of columns of the (S, H, Dk, Dv) states, and back.
-void gather_columns(float* S, int64_t tile, const MatrixState& call, const Place& place, const float* states) {
-  const float* from = states ? states + (place.sequence * call.heads + place.head) * call.keys * call.values : nullptr;
-  const int64_t first = place.tile * call.tile, width = least(call.tile, call.values - first);
+// A strip of columns of the (S, H, Dk, Dv) states, and back.
+void gather_columns(float* S, int64_t strip, const MatrixState& call, const Place& place, int64_t first,
+                    int64_t width, const float* states) {
+  const float* from = states + (place.sequence * call.heads + place.head) * call.keys * call.values + first;
   for (int64_t i = 0; i < call.keys; ++i)
-    for (int64_t j = 0; j < tile; ++j) S[i * tile + j] = from && j < width ? from[i * call.values + first + j] : 0.0f;
+    for (int64_t j = 0; j < strip; ++j) S[i * strip + j] = states && j < width ? from[i * call.values + j] : 0.0f;
 }
 
-void scatter_columns(const float* S, int64_t tile, const MatrixState& call, const Place& place, float* states) {
-  float* to = states + (place.sequence * call.heads + place.head) * call.keys * call.values;
-  const int64_t first = place.tile * call.tile, width = least(call.tile, call.values - first);
+void scatter_columns(const float* S, int64_t strip, const MatrixState& call, const Place& place, int64_t first,
+                     int64_t width, float* states) {
+  float* to = states + (place.sequence * call.heads + place.head) * call.keys * call.values + first;
   for (int64_t i = 0; i < call.keys; ++i)
-    for (int64_t j = 0; j < width; ++j) to[i * call.values + first + j] = S[i * tile + j];
+    for (int64_t j = 0; j < width; ++j) to[i * call.values + j] = S[i * strip + j];
+}
+
+// Calls function(first column, columns, state) for each strip of V vectors of columns of the task's tile.
+template <int V, class Function>
+void by_strips(const MatrixState& call, const Place& place, float* S, const Function& function) {
+  constexpr int64_t strip = V * lanes;
+  const int64_t begin = place.tile * call.tile, end = least(begin + call.tile, call.values);
+  for (int64_t first = begin; first < end; first += strip)
+    function(first, least(strip, end - first), S + (first - begin) * call.keys);
 }
 
 template <class T, int V>
 void forward_task(const MatrixState& call, int64_t task, Columns& at, float* S) {
-  constexpr int64_t tile = V * lanes;
+  constexpr int64_t strip = V * lanes;
   const Place place(call, task, call.tiles);
-  const int64_t first = place.tile * call.tile;
-  at.width = least(call.tile, call.values - first);
-  gather_columns(S, tile, call, place, call.initial);
+  by_strips<V>(call, place, S, [&](int64_t first, int64_t width, float* S_strip) {
+    gather_columns(S_strip, strip, call, place, first, width, call.initial);
+  });
   for (int64_t time = place.start; time < place.end; time += chunk) {
-    const int64_t tokens = least(chunk, place.end - time);
-    stage_columns<T>(call, place, at, call.v, time, tokens, tile);
-    if (call.error.data) {
-      delta_forward<V, false>(S, at, tokens);
-      unstage<float>(at.out, tile, call.error, place.batch, time, place.head, first, at.width, tokens);
-      continue;
-    }
-    if (call.delta) delta_forward<V, true>(S, at, tokens);
-    else linear_forward<V>(S, at, tokens);
-    unstage<T>(at.out, tile, call.y, place.batch, time, place.head, first, at.width, tokens);
+    const int64_t tokens = least(chunk, place.end - time), batch = place.batch, head = place.head;
+    stage_keys<T>(call, place, at, time, tokens, chunk);
+    by_strips<V>(call, place, S, [&](int64_t first, int64_t width, float* S_strip) {
+      stage<T>(at.value, strip, call.v, batch, time, head, first, width, tokens, chunk);
+      if (call.error.data) {
+        delta_forward<V, false>(S_strip, at, tokens);
+        unstage<float>(at.out, strip, call.error, batch, time, head, first, width, tokens);
+        return;
+      }
+      if (call.delta) delta_forward<V, true>(S_strip, at, tokens);
+      else linear_forward<V>(S_strip, at, tokens);
+      unstage<T>(at.out, strip, call.y, batch, time, head, first, width, tokens);
+    });
   }
-  if (call.final) scatter_columns(S, tile, call, place, call.final);
+  if (call.final)
+    by_strips<V>(call, place, S, [&](int64_t first, int64_t width, float* S_strip) {
+      scatter_columns(S_strip, strip, call, place, first, width, call.final);
+    });
 }
 
 template <class T, int V>
 void columns_task(const MatrixStateBackward& call, int64_t task, Columns& at, float* C) {
-  constexpr int64_t tile = V * lanes;
+  constexpr int64_t strip = V * lanes;
   const MatrixState& forward = call.forward;
   const Place place(forward, task, forward.tiles);
-  const int64_t first = place.tile * forward.tile, chunks = (place.end - place.start + chunk - 1) / chunk;
-  at.width = least(forward.tile, forward.values - first);
-  gather_columns(C, tile, forward, place, call.dfinal);
+  const int64_t chunks = (place.end - place.start + chunk - 1) / chunk;
+  by_strips<V>(forward, place, C, [&](int64_t first, int64_t width, float* C_strip) {
+    gather_columns(C_strip, strip, forward, place, first, width, call.dfinal);
+  });
   for (int64_t n = chunks - 1; n >= 0; --n) {
     const int64_t time = place.start + n * chunk, tokens = least(chunk, place.end - time);
-    stage_columns<T>(forward, place, at, call.dy, time, tokens, tile);
-    if (forward.delta) delta_backward<V>(C, at, tokens);
-    else linear_backward<V>(C, at, tokens);
-    STAR_WITH_DTYPE(call.du_dtype, U, {
-      unstage<U>(at.out, tile, call.du, place.batch, time, place.head, first, at.width, tokens);
-    })
+    stage_keys<T>(forward, place, at, time, tokens, -chunk);
+    by_strips<V>(forward, place, C, [&](int64_t first, int64_t width, float* C_strip) {
+      stage<T>(at.value, strip, call.dy, place.batch, time, place.head, first, width, tokens, -chunk);
+      if (forward.delta) delta_backward<V>(C_strip, at, tokens);
+      else linear_backward<V>(C_strip, at, tokens);
+      STAR_WITH_DTYPE(call.du_dtype, U, {
+        unstage<U>(at.out, strip, call.du, place.batch, time, place.head, first, width, tokens);
+      })
+    });
   }
-  if (call.dinitial) scatter_columns(C, tile, forward, place, call.dinitial);
+  if (call.dinitial)
+    by_strips<V>(forward, place, C, [&](int64_t first, int64_t width, float* C_strip) {
+      scatter_columns(C_strip, strip, forward, place, first, width, call.dinitial);
+    });
 }
 
 // One token of one head, in place, some columns at a time; `a` has room for the decays of the keys.
@@ -306,10 +330,10 @@ void sum_shared_task(const SharedHeads& call, int64_t task) {
 }  // namespace
 
 void matrix_state_forward(const MatrixState& call, int64_t begin, int64_t end) {
-  with_vectors(call.tile, [&](auto count) {
+  with_vectors(least(call.tile, widest_strip), [&](auto count) {
     constexpr int V = decltype(count)::value;
     Columns at(call.keys, V * lanes);
-    Scratch S(call.keys * V * lanes);
+    Scratch S(call.keys * (call.tile + V * lanes));
     STAR_WITH_DTYPE(call.dtype, T, for (int64_t task = begin; task < end; ++task) {
       forward_task<T, V>(call, task, at, S.data);
     })
@@ -317,11 +341,12 @@ void matrix_state_forward(const MatrixState& call, int64_t begin, int64_t end) {
 }
 
 void matrix_state_columns(const MatrixStateBackward& call, int64_t begin, int64_t end) {
-  with_vectors(call.forward.tile, [&](auto count) {
+  const MatrixState& forward = call.forward;
+  with_vectors(least(forward.tile, widest_strip), [&](auto count) {
     constexpr int V = decltype(count)::value;
-    Columns at(call.forward.keys, V * lanes);
-    Scratch C(call.forward.keys * V * lanes);
-    STAR_WITH_DTYPE(call.forward.dtype, T, for (int64_t task = begin; task < end; ++task) {
+    Columns at(forward.keys, V * lanes);
+    Scratch C(forward.keys * (forward.tile + V * lanes));
+    STAR_WITH_DTYPE(forward.dtype, T, for (int64_t task = begin; task < end; ++task) {
       columns_task<T, V>(call, task, at, C.data);
     })
   });

@@ -12,98 +12,119 @@ namespace star {
 namespace STAR_LEVEL {
 namespace {
 
-constexpr int64_t row_tile = 16;  // rows of S a task: cpu.cpp's row_tile
-constexpr int64_t V = row_tile > lanes ? row_tile / lanes : 1;
-constexpr int64_t tile = V * lanes;
+constexpr int64_t V = 16 > lanes ? 16 / lanes : 1;
+constexpr int64_t tile = V * lanes;  // rows of S in registers at a time
+constexpr int64_t chunk = 16;        // tokens
 
+int64_t tiles_of(int64_t rows) { return (rows + tile - 1) / tile; }
+
+// One chunk: rows of the task's part of S, whole tiles of them, and columns.
 struct Staged {
+  int64_t rows;
   Scratch buffer;
-  float *q, *k, *a, *dq, *dk, *dg;  // (chunk, tile)
+  float *q, *k, *a, *dq, *dk, *dg;  // (chunk, rows)
   float *u, *dy, *w;                // (chunk, Dv)
   float *beta;
 
-  explicit Staged(int64_t values) : buffer(6 * chunk * tile + 3 * chunk * values + chunk) {
-    float** tiles[6] = {&q, &k, &a, &dq, &dk, &dg};
-    float** rows[3] = {&u, &dy, &w};
+  Staged(int64_t wanted_rows, int64_t values)
+      : rows(tiles_of(wanted_rows) * tile), buffer(6 * chunk * rows + 3 * chunk * values + chunk) {
+    float** of_rows[6] = {&q, &k, &a, &dq, &dk, &dg};
+    float** of_columns[3] = {&u, &dy, &w};
     float* next = buffer.data;
-    for (float** one : tiles) *one = next, next += chunk * tile;
-    for (float** one : rows) *one = next, next += chunk * values;
+    for (float** one : of_rows) *one = next, next += chunk * rows;
+    for (float** one : of_columns) *one = next, next += chunk * values;
     beta = next;
   }
 };
 
-// S^T is (Dv, tile). Adds the outputs dq of the tokens.
-void walk_forward(float* S, const Staged& at, int64_t values, int64_t tokens) {
+// Two columns of S at a time: one chain of additions would be longer than the rest of the work.
+template <class Function>
+__attribute__((always_inline)) inline void by_pairs(int64_t values, const Function& function) {
+  int64_t j = 0;
+  for (; j + 2 <= values; j += 2) function(j, 0), function(j + 1, 1);
+  if (j < values) function(j, 0);
+}
+
+// One tile of S^T, (Dv, tile), over a chunk; `first` is its first row. Leaves dq.
+void walk_forward(float* S, const Staged& at, int64_t first, int64_t values, int64_t tokens) {
   for (int64_t t = 0; t < tokens; ++t) {
     const float *u = at.u + t * values, *dy = at.dy + t * values;
-    Vector a[V], k[V], dq[V] = {};
+    const int64_t row_t = t * at.rows + first;
+    Vector a[V], k[V], dq[2][V] = {};
 #pragma GCC unroll 8
-    for (int64_t v = 0; v < V; ++v)
-      a[v] = load(at.a + t * tile + v * lanes), k[v] = load(at.k + t * tile + v * lanes);
-    for (int64_t j = 0; j < values; ++j) {
+    for (int64_t v = 0; v < V; ++v) a[v] = load(at.a + row_t + v * lanes), k[v] = load(at.k + row_t + v * lanes);
+    by_pairs(values, [&](int64_t j, int64_t one) __attribute__((always_inline)) {
+      const Vector u_j = broadcast(u[j]), dy_j = broadcast(dy[j]);
       float* row = S + j * tile;
 #pragma GCC unroll 8
       for (int64_t v = 0; v < V; ++v) {
-        const Vector s = a[v] * load(row + v * lanes) + k[v] * u[j];
+        const Vector s = a[v] * load(row + v * lanes) + k[v] * u_j;
         store(row + v * lanes, s);
-        dq[v] += s * dy[j];
+        dq[one][v] += s * dy_j;
       }
-    }
+    });
 #pragma GCC unroll 8
-    for (int64_t v = 0; v < V; ++v) store(at.dq + t * tile + v * lanes, dq[v]);
+    for (int64_t v = 0; v < V; ++v) store(at.dq + row_t + v * lanes, dq[0][v] + dq[1][v]);
   }
 }
 
-// history[t] = S before token t; history[0] is there.
-void recompute(float* history, const Staged& at, int64_t values, int64_t tokens) {
+// history[t] = S before token t, from history[0].
+void recompute(float* history, const Staged& at, int64_t first, int64_t values, int64_t tokens) {
   for (int64_t t = 0; t + 1 < tokens; ++t) {
     const float *u = at.u + t * values, *before = history + t * values * tile;
+    const int64_t row_t = t * at.rows + first;
     float* after = history + (t + 1) * values * tile;
     Vector a[V], k[V];
 #pragma GCC unroll 8
-    for (int64_t v = 0; v < V; ++v)
-      a[v] = load(at.a + t * tile + v * lanes), k[v] = load(at.k + t * tile + v * lanes);
-    for (int64_t j = 0; j < values; ++j)
+    for (int64_t v = 0; v < V; ++v) a[v] = load(at.a + row_t + v * lanes), k[v] = load(at.k + row_t + v * lanes);
+    for (int64_t j = 0; j < values; ++j) {
+      const Vector u_j = broadcast(u[j]);
 #pragma GCC unroll 8
       for (int64_t v = 0; v < V; ++v) {
-        const int64_t at_v = j * tile + v * lanes;
-        store(after + at_v, a[v] * load(before + at_v) + k[v] * u[j]);
+        const int64_t one = j * tile + v * lanes;
+        store(after + one, a[v] * load(before + one) + k[v] * u_j);
       }
+    }
   }
 }
 
-// HISTORY: what S was is wanted, for decays or for the delta rule.
+// HISTORY: what S was is wanted, for decays or for the delta rule. Leaves dk and dg.
 template <bool DELTA, bool HISTORY>
-void walk_backward(float* C, const float* history, const Staged& at, int64_t values, int64_t tokens) {
+void walk_backward(float* C, const float* history, const Staged& at, int64_t first, int64_t values,
+                   int64_t tokens) {
   for (int64_t t = tokens - 1; t >= 0; --t) {
     const float *u = at.u + t * values, *dy = at.dy + t * values, *w = at.w + t * values;
     const float* before = history + t * values * tile;
-    Vector a[V], k[V], q[V], dk[V] = {}, read[V] = {}, dg[V] = {};
+    const int64_t row_t = t * at.rows + first;
+    Vector a[V], k[V], q[V], dk[2][V] = {}, read[V] = {}, dg[2][V] = {};
 #pragma GCC unroll 8
     for (int64_t v = 0; v < V; ++v) {
-      a[v] = load(at.a + t * tile + v * lanes);
-      k[v] = load(at.k + t * tile + v * lanes);
-      q[v] = load(at.q + t * tile + v * lanes);
+      a[v] = load(at.a + row_t + v * lanes);
+      k[v] = load(at.k + row_t + v * lanes);
+      q[v] = load(at.q + row_t + v * lanes);
     }
-    for (int64_t j = 0; j < values; ++j) {
+    by_pairs(values, [&](int64_t j, int64_t pair) __attribute__((always_inline)) {
+      const Vector u_j = broadcast(u[j]), dy_j = broadcast(dy[j]), w_j = broadcast(DELTA ? w[j] : 0.0f);
       float* row = C + j * tile;
+      const int64_t one = DELTA ? 0 : pair;  // the delta rule has work enough, and no registers to spare
 #pragma GCC unroll 8
       for (int64_t v = 0; v < V; ++v) {
-        Vector dS = load(row + v * lanes) + q[v] * dy[j];
-        dk[v] += dS * u[j];
+        Vector dS = load(row + v * lanes) + q[v] * dy_j;
+        dk[one][v] += dS * u_j;
         const Vector s = HISTORY ? load(before + j * tile + v * lanes) : Vector{};
         if (DELTA) {
-          read[v] += s * w[j];
-          dS -= k[v] * w[j];
+          read[v] += s * w_j;
+          dS -= k[v] * w_j;
         }
-        if (HISTORY) dg[v] += s * dS;
+        if (HISTORY) dg[one][v] += s * dS;
         store(row + v * lanes, a[v] * dS);
       }
-    }
+    });
 #pragma GCC unroll 8
     for (int64_t v = 0; v < V; ++v) {
-      store(at.dk + t * tile + v * lanes, DELTA ? dk[v] - a[v] * read[v] : dk[v]);
-      store(at.dg + t * tile + v * lanes, a[v] * dg[v]);
+      const Vector dk_v = dk[0][v] + dk[1][v];
+      store(at.dk + row_t + v * lanes, DELTA ? dk_v - a[v] * read[v] : dk_v);
+      store(at.dg + row_t + v * lanes, a[v] * (dg[0][v] + dg[1][v]));
     }
   }
 }
@@ -113,82 +134,87 @@ struct Pass {
   const MatrixState& forward;
   Place place;
   Staged& at;
-  int64_t first, width;
+  int64_t first, width;  // rows of S: the first, and how many; those beyond, up to whole tiles, are dropped
 
   Pass(const MatrixStateBackward& call, int64_t task, Staged& at)
       : call(call), forward(call.forward), place(call.forward, task, call.row_tiles), at(at) {
-    first = place.tile * row_tile;
-    width = least(row_tile, forward.keys - first);
+    first = place.tile * call.row_tile;
+    width = least(call.row_tile, forward.keys - first);
   }
 
-  // Rows of S beyond `width` are computed from what is in the buffers, and dropped.
   template <class T>
-  void stage_tokens(int64_t time, int64_t tokens) {
-    const int64_t batch = place.batch, values = forward.values;
-    stage<T>(at.q, tile, forward.q, batch, time, place.key_head, first, width, tokens, forward.scale);
-    stage<T>(at.k, tile, forward.k, batch, time, place.key_head, first, width, tokens);
-    stage_decay(at.a, tile, forward, batch, time, place.head, first, width, tokens);
-    stage<T>(at.dy, values, call.dy, batch, time, place.head, 0, values, tokens);
+  void stage_tokens(int64_t time, int64_t tokens, int64_t onward) {
+    const int64_t batch = place.batch, values = forward.values, ahead = onward * chunk;
+    stage<T>(at.q, at.rows, forward.q, batch, time, place.key_head, first, width, tokens, ahead, forward.scale);
+    stage<T>(at.k, at.rows, forward.k, batch, time, place.key_head, first, width, tokens, ahead);
+    stage_decay(at.a, at.rows, forward, batch, time, place.head, first, width, tokens);
+    stage<T>(at.dy, values, call.dy, batch, time, place.head, 0, values, tokens, ahead);
     if (!forward.delta) {
-      stage<T>(at.u, values, forward.v, batch, time, place.head, 0, values, tokens);
+      stage<T>(at.u, values, forward.v, batch, time, place.head, 0, values, tokens, ahead);
       return;
     }
-    stage<T>(at.beta, 1, forward.beta, batch, time, place.head, 0, 1, tokens);
+    stage<T>(at.beta, 1, forward.beta, batch, time, place.head, 0, 1, tokens, ahead);
     for (int64_t t = 0; t < tokens; ++t) {
       const float beta = at.beta[t];
-      stage<float>(at.u + t * values, values, forward.error, batch, time + t, place.head, 0, values, 1, beta);
-      stage<float>(at.w + t * values, values, call.du, batch, time + t, place.head, 0, values, 1, beta);
+      stage<float>(at.u + t * values, values, forward.error, batch, time + t, place.head, 0, values, 1, ahead, beta);
+      stage<float>(at.w + t * values, values, call.du, batch, time + t, place.head, 0, values, 1, ahead, beta);
     }
   }
 
+  // (S, H, Dk, Dv) states as tiles of S^T.
   void gather_rows(float* S, const float* states) const {
     const int64_t keys = forward.keys, values = forward.values;
     const float* from = states ? states + (place.sequence * forward.heads + place.head) * keys * values : nullptr;
-    for (int64_t j = 0; j < values; ++j)
-      for (int64_t i = 0; i < tile; ++i)
-        S[j * tile + i] = from && i < width ? from[(first + i) * values + j] : 0.0f;
+    for (int64_t i = 0; i < at.rows; ++i)
+      for (int64_t j = 0; j < values; ++j)
+        S[(i / tile * values + j) * tile + i % tile] = from && i < width ? from[(first + i) * values + j] : 0.0f;
   }
 
   void write_decay(int64_t time, int64_t tokens) const {
     if (call.dlog_decay.data == nullptr) return;
     if (forward.decay_of_keys) {
-      unstage<float>(at.dg, tile, call.dlog_decay, place.batch, time, place.head, first, width, tokens);
+      unstage<float>(at.dg, at.rows, call.dlog_decay, place.batch, time, place.head, first, width, tokens);
       return;
     }
     for (int64_t t = 0; t < tokens; ++t) {
       float sum = 0.0f;
-      for (int64_t i = 0; i < width; ++i) sum += at.dg[t * tile + i];
+      for (int64_t i = 0; i < width; ++i) sum += at.dg[t * at.rows + i];
       call.dlog_decay.at<float>(place.batch, time + t, place.head)[place.tile * call.dlog_decay_tile_stride] = sum;
     }
   }
 
   template <class T>
   void run(float* S, float* starts, float* history) {
-    const int64_t values = forward.values, size = values * tile;
+    const int64_t values = forward.values, of_tile = values * tile, size = values * at.rows;
     const int64_t chunks = (place.end - place.start + chunk - 1) / chunk;
     const bool wanted = forward.delta || forward.log_decay.data != nullptr;
     gather_rows(S, forward.initial);
     for (int64_t n = 0; n < chunks; ++n) {
       const int64_t time = place.start + n * chunk, tokens = least(chunk, place.end - time);
-      stage_tokens<T>(time, tokens);
+      stage_tokens<T>(time, tokens, 1);
       for (int64_t i = 0; wanted && i < size; ++i) starts[n * size + i] = S[i];
-      walk_forward(S, at, values, tokens);
-      for (int64_t i = 0; i < tokens * tile; ++i) at.dq[i] *= forward.scale;
-      unstage<float>(at.dq, tile, call.dq, place.batch, time, place.head, first, width, tokens);
+      for (int64_t i = 0; i < at.rows; i += tile) walk_forward(S + i * values, at, i, values, tokens);
+      for (int64_t i = 0; i < tokens * at.rows; ++i) at.dq[i] *= forward.scale;
+      unstage<float>(at.dq, at.rows, call.dq, place.batch, time, place.head, first, width, tokens);
     }
     float* C = S;
     gather_rows(C, call.dfinal);
     for (int64_t n = chunks - 1; n >= 0; --n) {
       const int64_t time = place.start + n * chunk, tokens = least(chunk, place.end - time);
-      if (n + 1 < chunks) stage_tokens<T>(time, tokens);  // the last chunk is still staged
-      if (wanted) {
-        for (int64_t i = 0; i < size; ++i) history[i] = starts[n * size + i];
-        recompute(history, at, values, tokens);
+      if (n + 1 < chunks) stage_tokens<T>(time, tokens, -1);  // the last chunk is still staged
+      for (int64_t i = 0; i < at.rows; i += tile) {
+        float* C_i = C + i * values;
+        if (!wanted) {
+          walk_backward<false, false>(C_i, history, at, i, values, tokens);
+          continue;
+        }
+        const float* start = starts + n * size + i * values;
+        for (int64_t j = 0; j < of_tile; ++j) history[j] = start[j];
+        recompute(history, at, i, values, tokens);
+        if (forward.delta) walk_backward<true, true>(C_i, history, at, i, values, tokens);
+        else walk_backward<false, true>(C_i, history, at, i, values, tokens);
       }
-      if (forward.delta) walk_backward<true, true>(C, history, at, values, tokens);
-      else if (wanted) walk_backward<false, true>(C, history, at, values, tokens);
-      else walk_backward<false, false>(C, history, at, values, tokens);
-      unstage<float>(at.dk, tile, call.dk, place.batch, time, place.head, first, width, tokens);
+      unstage<float>(at.dk, at.rows, call.dk, place.batch, time, place.head, first, width, tokens);
       write_decay(time, tokens);
     }
   }
@@ -204,9 +230,9 @@ void matrix_state_rows(const MatrixStateBackward& call, int64_t begin, int64_t e
     const int64_t length = forward.spans.end(s) - forward.spans.start(s);
     if (length > longest) longest = length;
   }
-  const int64_t size = forward.values * tile;
-  Staged at(forward.values);
-  Scratch S(size), starts(wanted ? (longest + chunk - 1) / chunk * size : 0), history(wanted ? chunk * size : 0);
+  Staged at(call.row_tile, forward.values);
+  const int64_t of_tile = forward.values * tile, size = forward.values * at.rows;
+  Scratch S(size), starts(wanted ? (longest + chunk - 1) / chunk * size : 0), history(wanted ? chunk * of_tile : 0);
   STAR_WITH_DTYPE(forward.dtype, T, for (int64_t task = begin; task < end; ++task) {
     Pass(call, task, at).template run<T>(S.data, starts.data, history.data);
   })

@@ -24,9 +24,8 @@ Mixes mixes_of(Arguments& arguments, const Tensor& tensor, const char* name, con
   else if (step) check_sizes(tensor, name, {batch, states});
   else if (grouped) check_sizes(tensor, name, {batch, length, groups, states});
   else check_sizes(tensor, name, {batch, length, states});
-  check_dtype(tensor, name, in.x.scalar_type());
-  const bool is_float = tensor.scalar_type() == ScalarType::Float;
-  const Tensor& kept = arguments.keep(is_float ? with_contiguous_rows(tensor) : as_float(tensor));
+  arguments.check_same_dtype(tensor, name);
+  const Tensor& kept = arguments.keep(is_float32(tensor) ? with_contiguous_rows(tensor) : as_float(tensor));
   Mixes mixes;
   mixes.data = floats_of(kept);
   mixes.batch_stride = kept.stride(0);

@@ -397,48 +397,103 @@ void backward_tasks(const SelectiveScanBackward& call, int64_t begin, int64_t en
   delete kept;
 }
 
-// One token. The state is (D, N) with N contiguous; exponents of `most` numbers at a time fill whole vectors.
+// One token of up to `most` channels of one group, from `first` on. The state is (D, N) with N contiguous.
+struct StepBlock {
+  const SelectiveScanStep& call;
+  int64_t first, width;
+  const float *B, *C;
+  float* h;  // the first channel's states
+  float delta[most], u[most], out[most];
+
+  // States fill vectors: lanes are states. Sums over lanes wait until all channels are done.
+  // N is the number of states where that is known here, else 0.
+  template <int64_t N>
+  void wide() {
+    alignas(64) float sums[most * lanes];
+    const int64_t states = N ? N : call.states, whole = states / lanes * lanes;
+    for (int64_t c = 0; c < width; ++c) {
+      const float* A = call.A + (first + c) * states;
+      float* h_c = h + c * call.state_row_stride;
+      const Vector scaled = broadcast(delta[c] * log2_e), u_c = broadcast(u[c]);
+      Vector sum = {};
+      for (int64_t n = 0; n < whole; n += lanes) {
+        const Vector after = exponential2(scaled * load(A + n)) * load(h_c + n) + u_c * load(B + n);
+        store(h_c + n, after);
+        sum += after * load(C + n);
+      }
+      store(sums + c * lanes, sum);
+      for (int64_t n = whole; n < states; ++n) {
+        h_c[n] = exponential(delta[c] * A[n]) * h_c[n] + u[c] * B[n];
+        out[c] += h_c[n] * C[n];
+      }
+    }
+    for (int64_t c = 0; c < width; ++c)
+      for (int64_t i = 0; i < lanes; ++i) out[c] += sums[c * lanes + i];
+  }
+
+  // Fewer states than lanes: the channels' states, one after the other, fill the vectors.
+  template <int64_t N>
+  void narrow() {
+    alignas(64) float exponent[most * lanes], added[most * lanes], read[most * lanes], after[most * lanes];
+    const int64_t states = N ? N : call.states, size = width * states;
+    const float* A = call.A + first * states;
+    for (int64_t c = 0; c < width; ++c) {
+      const float* h_c = h + c * call.state_row_stride;
+      for (int64_t n = 0; n < states; ++n) {
+        const int64_t i = c * states + n;
+        exponent[i] = delta[c] * A[i];
+        added[i] = u[c] * B[n];
+        read[i] = C[n];
+        after[i] = h_c[n];
+      }
+    }
+    for (int64_t i = 0; i < size; ++i) after[i] = exponential(exponent[i]) * after[i] + added[i];
+    for (int64_t c = 0; c < width; ++c) {
+      float* h_c = h + c * call.state_row_stride;
+      for (int64_t n = 0; n < states; ++n) {
+        h_c[n] = after[c * states + n];
+        out[c] += h_c[n] * read[c * states + n];
+      }
+    }
+  }
+};
+
+template <class T>
+void step_block(const SelectiveScanStep& call, int64_t batch, StepBlock& block) {
+  const int64_t first = block.first, width = block.width;
+  const T* x = call.x.row<T>(batch, 0) + first;
+  const T* dt = call.dt.row<T>(batch, 0) + first;
+  const float* D = call.D ? call.D + first : nullptr;
+  float *delta = block.delta, *u = block.u, *out = block.out;
+  for (int64_t c = 0; c < width; ++c) delta[c] = to_float(dt[c]);
+  if (call.dt_bias)
+    for (int64_t c = 0; c < width; ++c) delta[c] += call.dt_bias[first + c];
+  if (call.softplus)
+    for (int64_t c = 0; c < width; ++c) delta[c] = softplus(delta[c]);
+  for (int64_t c = 0; c < width; ++c) u[c] = delta[c] * to_float(x[c]);
+  for (int64_t c = 0; c < width; ++c) out[c] = D ? D[c] * to_float(x[c]) : 0.0f;
+  if (call.states == 16) block.wide<16>();
+  else if (call.states >= lanes) block.wide<0>();
+  else if (call.states == 2) block.narrow<2>();
+  else block.narrow<0>();
+  if (call.z.data) {
+    const T* z = call.z.row<T>(batch, 0) + first;
+    for (int64_t c = 0; c < width; ++c) out[c] *= silu(to_float(z[c]));
+  }
+  T* y = call.y.row<T>(batch, 0) + first;
+  for (int64_t c = 0; c < width; ++c) y[c] = from_float<T>(out[c]);
+}
+
 template <class T>
 void step_entry(const SelectiveScanStep& call, int64_t batch) {
-  const T* x = call.x.row<T>(batch, 0);
-  const T* dt = call.dt.row<T>(batch, 0);
-  const T* z = call.z.data ? call.z.row<T>(batch, 0) : nullptr;
-  T* y = call.y.row<T>(batch, 0);
-  float* state = call.state + batch * call.state_batch_stride;
-  const int64_t states = call.states, of_group = call.width / call.groups;
-  float delta[most], values[most], out[most];
-  for (int64_t first = 0; first < call.width; first += most) {
-    const int64_t width = least(most, call.width - first);
-    for (int64_t c = 0; c < width; ++c)
-      delta[c] = to_float(dt[first + c]) + (call.dt_bias ? call.dt_bias[first + c] : 0.0f);
-    if (call.softplus)
-      for (int64_t c = 0; c < width; ++c) delta[c] = softplus(delta[c]);
-    for (int64_t c = 0; c < width; ++c) values[c] = to_float(x[first + c]);
-    for (int64_t c = 0; c < width; ++c) {
-      const int64_t d = first + c;
-      const float* A = call.A + d * states;
-      const float* B = call.B.row(batch, 0, d / of_group);
-      const float* C = call.C.row(batch, 0, d / of_group);
-      float* h = state + d * call.state_row_stride;
-      const float scaled = delta[c] * log2_e, u = delta[c] * values[c];
-      float sum = call.D ? call.D[d] * values[c] : 0.0f;
-      Vector sums = broadcast(0.0f);
-      int64_t n = 0;
-      for (; n + lanes <= states; n += lanes) {
-        const Vector after = exponential2(scaled * load(A + n)) * load(h + n) + u * load(B + n);
-        store(h + n, after);
-        sums += after * load(C + n);
-      }
-      if (n) sum += sum_lanes(sums);
-      for (; n < states; ++n) {
-        h[n] = exponential(delta[c] * A[n]) * h[n] + u * B[n];
-        sum += h[n] * C[n];
-      }
-      out[c] = sum;
+  const int64_t of_group = call.width / call.groups;
+  for (int64_t group = 0; group < call.groups; ++group) {
+    for (int64_t first = group * of_group; first < (group + 1) * of_group; first += most) {
+      StepBlock block{call, first, least(most, (group + 1) * of_group - first), call.B.row(batch, 0, group),
+                      call.C.row(batch, 0, group), call.state + batch * call.state_batch_stride, {}, {}, {}};
+      block.h += first * call.state_row_stride;
+      step_block<T>(call, batch, block);
     }
-    if (z)
-      for (int64_t c = 0; c < width; ++c) out[c] *= silu(to_float(z[first + c]));
-    for (int64_t c = 0; c < width; ++c) y[first + c] = from_float<T>(out[c]);
   }
 }
 
