@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, cast
@@ -264,7 +265,7 @@ def config_arguments(config: ModelConfig) -> dict[str, Any]:
 
 def lambda_init(index: int) -> float:
     """Where λ of a differential LIV starts: 0.2 in the first, towards 0.8 in late ones (Diff Transformer)."""
-    return 0.8 - 0.6 * float(torch.exp(torch.tensor(-0.3 * index)))
+    return 0.8 - 0.6 * math.exp(-0.3 * index)
 
 
 @cache
@@ -272,11 +273,11 @@ def _parameters(layer: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(layer).parameters)
 
 
-def is_counted(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter counts as size: not the embedding, norms and biases (STAR counts so)."""
+def is_counted(name: str) -> bool:
+    """Whether the parameter of this name counts as size: not the embedding, norms and biases (as in STAR)."""
     return not name.endswith("bias") and not name.startswith(("embedding.", "norm.", "norms."))
 
 
 def parameter_count(model: StarModel) -> int:
     """Parameters of a built model, counted as `star.cost.parameters` does."""
-    return sum(p.numel() for name, p in model.named_parameters() if is_counted(name, p))
+    return sum(p.numel() for name, p in model.named_parameters() if is_counted(name))

@@ -158,8 +158,5 @@ class ModelCache:
 
     def reorder(self, rows: Tensor) -> None:
         """Row b becomes a copy of row ``rows[b]``, in place (beam search). ``rows`` is (B,) int64."""
-        self._each(lambda tensor: tensor.copy_(tensor.index_select(0, rows)))
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         for tensor in self.tensors():
-            change(tensor)
+            tensor.copy_(tensor.index_select(0, rows))

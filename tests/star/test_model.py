@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from star import Genome, ModelConfig, baselines, build_model, cost, pools
 from star.genome import Gene, GenomeError
 from star.model import StarModel, lambda_init, parameter_count
+from star.optimizer import AdamW
 from star.sampling import sample
 from star.sharing import resolve
 from star_kernels import linear_cross_entropy
@@ -25,7 +26,8 @@ from star_kernels.layers import LivLayer
 from star_kernels.layers.projection import GroupProjection, OutputProjection
 
 CONFIG = ModelConfig(width=64, head_dim=16, vocab_size=50)
-EVERY_CLASS = Genome([Gene(entry.id) for entry in pools.all_classes()])
+CLASSES = [entry.id for entry in pools.all_classes()]
+EVERY_CLASS = Genome([Gene(number) for number in CLASSES])
 
 
 def token_ids(length: int, batch: int = 2, seed: int = 0) -> Tensor:
@@ -50,7 +52,7 @@ def genomes(draw: st.DrawFn) -> Genome:
     """Genomes with much sharing: few classes, many links."""
     depth = draw(st.integers(1, 10))
     count = draw(st.integers(1, 3))
-    classes = draw(st.lists(st.sampled_from(range(1, 18)), min_size=count, max_size=count))
+    classes = draw(st.lists(st.sampled_from(CLASSES), min_size=count, max_size=count))
     genes = [
         Gene(
             draw(st.sampled_from(classes)),
@@ -321,7 +323,7 @@ def test_lambda_starts_as_in_diff_transformer() -> None:
 def train(genome: Genome, seed: int, steps: int = 20) -> list[float]:
     """Losses of a few steps on text with structure: runs of counting up, mod the vocabulary."""
     model = build_model(genome, CONFIG, seed=seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
+    optimizer = AdamW(model.named_parameters(), weight_decay=0.1)
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for _ in range(steps):
@@ -330,10 +332,9 @@ def train(genome: Genome, seed: int, steps: int = 20) -> list[float]:
         loss = linear_cross_entropy(
             model.hidden(ids[:, :-1]).flatten(0, 1), model.head_weight, ids[:, 1:].flatten()
         )
-        optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        optimizer.step(2e-3, optimizer.gradient_norm().clamp(min=1.0))
+        optimizer.zero_gradients()
         losses.append(loss.item())
     return losses
 
