@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from star import ModelConfig, baselines, build_model
-from star.bench.timing import interleaved, threads_set
+from star.bench.timing import COMPILE_CALLS, interleaved, threads_set
 from star.model import StarModel
 from star.optimizer import AdamW
 from star_kernels import dispatch, linear_cross_entropy
@@ -64,7 +64,8 @@ def measure(
         if compiled:
             calls[COMPILED] = _step(layout, setting, "reference", compiled=True)
             began = time.perf_counter()
-            calls[COMPILED]()
+            for _ in range(COMPILE_CALLS):
+                calls[COMPILED]()
             numbers["compile"] = time.perf_counter() - began
         timings = interleaved(calls, seconds, torch.device("cpu"))
     return {name: timing.median for name, timing in timings.items()} | numbers

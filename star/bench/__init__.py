@@ -8,6 +8,7 @@ the second.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,14 @@ from torch import Tensor
 import star_kernels
 from star.bench.cases import CASES, STEPS, Case, Fill, case, tensors
 from star.bench.peers import PEERS, load
-from star.bench.timing import Timing, copy_call, interleaved, matrix_product_call, threads_set
+from star.bench.timing import (
+    COMPILE_CALLS,
+    Timing,
+    copy_call,
+    interleaved,
+    matrix_product_call,
+    threads_set,
+)
 from star_kernels import dispatch
 
 __all__ = [
@@ -54,9 +62,10 @@ class Measurement:
         backends: ours, fastest form first as `star_kernels` prefers them; with `compiled` the reference under
             torch.compile as well.
         peers: other people's, as far as they are installed.
-        absent: peers that could not be timed, and why.
+        absent: what could not be timed, and why: peers, and the reference that could not be compiled.
         copy: the copy of `bytes`.
         product: the product of two matrices, of `product_operations`.
+        compile_seconds: that torch.compile took, where it was asked for and could.
     """
 
     operator: str
@@ -73,6 +82,7 @@ class Measurement:
     copy: Timing
     product: Timing
     product_operations: float
+    compile_seconds: float | None = None
 
     @property
     def default(self) -> Timing:
@@ -115,7 +125,8 @@ class Measurement:
             "matrix_product_operations_per_second": self.product_operations / self.product.median,
             "backends": {timing.name: self._numbers(timing) for timing in self.backends},
             "peers": {timing.name: self._numbers(timing) for timing in self.peers},
-            "absent_peers": dict(self.absent),
+            "absent": dict(self.absent),
+            "compile_seconds": self.compile_seconds,
         }
 
     def _numbers(self, timing: Timing) -> dict[str, float]:
@@ -161,6 +172,7 @@ def measure(
     if passes != "forward" and not case.gradients:
         raise ValueError(f"{case.operator} has no backward pass")
     place = _device(device)
+    compile_seconds: float | None = None
     arguments = case.make(case.sizes, Fill.seeded(DTYPES[dtype], place))
     with threads_set(threads):
         backends = _backend_calls(case, arguments, passes, compiled)
@@ -171,6 +183,11 @@ def measure(
         product, product_operations = matrix_product_call(DTYPES[dtype], place)
         yardsticks = {_COPY: copy_call(moved, place), _PRODUCT: product}
         with torch.set_grad_enabled(passes != "forward"):
+            if compiled:
+                compile_seconds, problem = _compile(backends[COMPILED])
+                if problem:
+                    del backends[COMPILED]
+                    absent[COMPILED] = problem
             timings = interleaved({**backends, **others, **yardsticks}, seconds, place)
         used = torch.get_num_threads()
     return Measurement(
@@ -188,6 +205,7 @@ def measure(
         copy=timings[_COPY],
         product=timings[_PRODUCT],
         product_operations=product_operations,
+        compile_seconds=compile_seconds,
     )
 
 
@@ -231,6 +249,17 @@ def _backend_calls(
         name: _call(function, _fresh(arguments), passes, case.constants)
         for name, function in functions.items()
     }
+
+
+def _compile(call: Callable[[], object]) -> tuple[float | None, str]:
+    """The seconds until a compiled call has settled, or why it can not be compiled."""
+    began = time.perf_counter()
+    try:
+        for _ in range(COMPILE_CALLS):
+            call()
+    except torch._dynamo.exc.TorchDynamoException as error:
+        return None, str(error).strip().splitlines()[0]
+    return time.perf_counter() - began, ""
 
 
 def _peer_calls(

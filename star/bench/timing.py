@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 __all__ = [
+    "COMPILE_CALLS",
     "LONG_CALL",
     "MATRIX_SIZE",
     "Timing",
@@ -22,6 +23,9 @@ __all__ = [
 
 LONG_CALL = 5.0
 """Seconds: a call that takes longer is made once, cold, and never again. Some peers take minutes."""
+
+COMPILE_CALLS = 3
+"""Calls until torch.compile has settled: it may compile once more when it meets what the first call left."""
 
 MATRIX_SIZE = 1024
 """The yardstick of arithmetic multiplies two square matrices of this size."""

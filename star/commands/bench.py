@@ -74,6 +74,8 @@ def bench(
                 )
             if not as_json:
                 console.print(_table(results[-1]))
+                if results[-1].compile_seconds is not None:
+                    say(console, f"torch.compile took {results[-1].compile_seconds:.1f} s", "dim")
                 for name, reason in results[-1].absent.items():
                     say(console, f"not timed: {name} ({reason})", "dim")
     if as_json:
@@ -111,9 +113,9 @@ def _table(result: Measurement) -> object:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    table.add_column("", no_wrap=True, min_width=10)
-    for name in ("median", "ratio", "GB/s", "of a copy", "GFLOP/s", "of a product", "samples"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", min_width=14)
+    for name in ("median", "ratio", "GB/s", "of a copy", "GFLOP/s", "of a product"):
+        table.add_column(name, justify="right", no_wrap=True, min_width=max(8, len(name)))
     quickest = min(timing.median for timing in (*result.backends, *result.peers))
     for group in (result.backends, result.peers):
         for timing in group:
@@ -122,34 +124,25 @@ def _table(result: Measurement) -> object:
         table.add_section()
     copied = f"{result.bytes / result.copy.median / 1e9:.1f}"
     multiplied = f"{result.product_operations / result.product.median / 1e9:.1f}"
-    copy, product = result.copy, result.product
-    table.add_row("copy", _milliseconds(copy), "", copied, "", "", "", str(copy.samples), style="dim")
-    table.add_row(
-        "matrix product",
-        _milliseconds(product),
-        "",
-        "",
-        "",
-        multiplied,
-        "",
-        str(product.samples),
-        style="dim",
-    )
+    table.add_row("copy", _time(result.copy), "", copied, style="dim")
+    table.add_row("matrix product", _time(result.product), "", "", "", multiplied, style="dim")
     return table
 
 
 def _numbers(result: Measurement, timing: Timing, quickest: float) -> tuple[str, ...]:
     return (
         timing.name,
-        _milliseconds(timing),
+        _time(timing),
         f"{timing.median / quickest:.2f}x",
-        f"{result.bandwidth(timing) / 1e9:.1f}",
+        f"{result.bandwidth(timing) / 1e9:.3g}",
         f"{result.copy_fraction(timing):.0%}",
-        f"{result.rate(timing) / 1e9:.1f}",
+        f"{result.rate(timing) / 1e9:.3g}",
         f"{result.product_fraction(timing):.1%}",
-        str(timing.samples),
     )
 
 
-def _milliseconds(timing: Timing) -> str:
-    return f"{1e3 * timing.median:.4g} ms"
+def _time(timing: Timing) -> str:
+    seconds = timing.median
+    if seconds < 1e-3:
+        return f"{1e6 * seconds:.4g} µs"
+    return f"{1e3 * seconds:.4g} ms" if seconds < 1 else f"{seconds:.4g} s"

@@ -83,6 +83,18 @@ def test_the_reference_is_timed_compiled(monkeypatch: pytest.MonkeyPatch) -> Non
     result = bench.measure(small("glu"), threads=1, seconds=0.0, compiled=True)
     assert [timing.name for timing in result.backends][-1] == bench.COMPILED
     assert asked[0].keywords == {"backend": "reference"}
+    assert result.compile_seconds is not None
+
+
+def test_what_can_not_be_compiled_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise torch._dynamo.exc.Unsupported("no such thing")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: refuse)
+    result = bench.measure(small("glu"), threads=1, seconds=0.0, compiled=True)
+    assert bench.COMPILED not in [timing.name for timing in result.backends]
+    assert "no such thing" in result.absent[bench.COMPILED]
+    assert result.compile_seconds is None
 
 
 def test_peers_are_chosen_by_the_start_of_their_names() -> None:
