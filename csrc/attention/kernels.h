@@ -6,7 +6,7 @@
 
 namespace star {
 
-constexpr int64_t query_block = 24;  // rows of scores that a task holds at once, whole
+constexpr int64_t query_block = 48;  // rows of scores that a task holds at once, whole
 constexpr int64_t key_chunk = 64;    // keys that a packing or writing task takes
 constexpr int64_t padding = 32;      // every packed dimension is at most this much longer than the tensor's
 

@@ -8,14 +8,7 @@ import torch
 from torch import Tensor
 
 from star_kernels import dispatch
-from star_kernels.compiled import (
-    NAMESPACE,
-    call,
-    like,
-    operator,
-    register_autograd,
-    register_fake,
-)
+from star_kernels.compiled import call, like, operator, register_autograd, register_fake
 
 
 def _rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -93,11 +86,9 @@ register_fake(
 )
 register_fake("rope", lambda x, cos, sin, inverse: x.new_empty(x.shape))
 register_autograd("rms_norm", _rms_norm_autograd, _rms_norm_setup)
-torch.library.register_autograd(
-    f"{NAMESPACE}::rms_norm_residual", _rms_norm_residual_autograd, setup_context=_rms_norm_residual_setup
-)
+register_autograd("rms_norm_residual", _rms_norm_residual_autograd, _rms_norm_residual_setup, refuse=False)
 # Linear in x, so its derivative is the operator itself, turned back: second derivatives are right.
-torch.library.register_autograd(f"{NAMESPACE}::rope", _rope_autograd, setup_context=_rope_setup)
+register_autograd("rope", _rope_autograd, _rope_setup, refuse=False)
 
 for _name, _function in (("rms_norm", rms_norm), ("rope", rope)):
     dispatch.register(_name, "cpp", _function, device_type="cpu", dtypes=dispatch.KERNEL_DTYPES)
