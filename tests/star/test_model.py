@@ -353,6 +353,23 @@ def test_baselines_train(name: str) -> None:
     assert np.mean(losses[-5:]) < 0.9 * losses[0]
 
 
+def test_compiles_in_one_graph() -> None:
+    genome = Genome.parse("11114-71111-51111-11114-91111-17.1.1.1.1")
+    model, ids = build_model(genome, CONFIG, seed=0), token_ids(9)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    logits = compiled(ids)
+    logits.sum().backward()
+    assert torch.equal(logits, model(ids))
+
+
+def test_autocast() -> None:
+    model, ids = build_model(EVERY_CLASS, CONFIG, seed=0), token_ids(9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(ids)
+    assert logits.dtype == torch.bfloat16
+    assert_close(logits.float(), model(ids), 5e-2)
+
+
 # -------------------------------------------------------------------------------- mistakes and extensions
 
 
