@@ -131,7 +131,8 @@ def compiled_form(operator: str, backend: str | None, first: Any) -> Callable[..
         backend = _in_use
     if backend in (None, "cpp") and type(first) is Tensor:
         form = _implementations[operator].get("cpp")
-        if form is not None and form.problem(first) is None:
+        # What form.problem asks, in the time that a step has for it.
+        if form is not None and first.is_cpu and form.dtypes is not None and first.dtype in form.dtypes:
             return form.function
     return None
 
