@@ -4,12 +4,14 @@
 namespace star {
 namespace {
 
-constexpr int64_t wide_block = 1024, narrow_block = 128;  // channels a task
-constexpr int64_t plenty = 16;                            // sequences that need no blocks to fill a machine
+constexpr int64_t wide_block = 1024;  // channels a task, at most
+constexpr int64_t plenty = 4;         // tasks that a memory-bound loop needs to fill a machine
 
+// Whole rows where there are sequences enough: rows read in pieces halve the bandwidth.
 int64_t block_of(int64_t width, int64_t sequences) {
-  const int64_t block = sequences >= plenty ? wide_block : narrow_block;
-  return width < 1 ? 1 : width < block ? width : block;
+  const int64_t pieces = sequences >= plenty ? 1 : plenty / (sequences > 0 ? sequences : 1);
+  const int64_t block = ((width + pieces - 1) / pieces + 15) / 16 * 16;  // whole cache lines
+  return block < 16 ? 16 : block < wide_block ? block : wide_block;
 }
 
 int64_t tasks_of(const LinearScan& call) {
