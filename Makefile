@@ -10,7 +10,7 @@ TEST_WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test bench-cpu lint types pytest install build clean
+.PHONY: demo test lint types pytest install build sanitize bench-cpu clean
 
 demo: $(VENV)/.search build
 	@if [ -e $(RUN)/run.db ]; then $(BIN)/star resume $(RUN); else $(BIN)/star search $(RUN) --preset demo; fi
@@ -57,6 +57,21 @@ build: $(VENV)/.compiled
 $(VENV)/.compiled: $(SOURCES) $(VENV)/.build-tools
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
+
+# The compiled operators once under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of their own.
+SANITIZED := build/sanitized
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g1
+sanitize: $(VENV)/.dev
+	mkdir -p $(SANITIZED)
+	cp -rpu setup.py pyproject.toml README.md LICENSE csrc star_kernels tests $(SANITIZED)/
+	rm -f $(SANITIZED)/star_kernels/_C*.so
+	cd $(SANITIZED) && CXXFLAGS="$(SANITIZERS)" LDFLAGS="-fsanitize=address,undefined" \
+		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	ldd $(SANITIZED)/star_kernels/_C.abi3.so | grep -q libasan
+	cd $(SANITIZED) && PYTHONPATH=$$PWD ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
+		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)" \
+		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -k "not compile and not opcheck" tests/star_kernels \
+		--ignore tests/star_kernels/layers
 
 clean:
 	rm -rf build dist *.egg-info star_kernels/*.so $(VENV)/.compiled
