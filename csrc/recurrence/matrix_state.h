@@ -5,32 +5,11 @@
 #include "../common/math.h"
 #include "../common/vector.h"
 #include "kernels.h"
+#include "staging.h"
 
 namespace star {
 namespace STAR_LEVEL {
 namespace {
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-struct Scratch {
-  float* data;
-  explicit Scratch(int64_t size) : data(new float[size > 0 ? size : 1]) { clear(size); }
-  ~Scratch() { delete[] data; }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  void clear(int64_t size) {
-    for (int64_t i = 0; i < size; ++i) data[i] = 0.0f;
-  }
-};
-
-// Asks for a row that comes later: rows of a head are too far apart for the hardware to foresee. A prefetch
-// never faults, so the address may lie outside the tensor.
-template <class T>
-inline void prefetch(const T* row, int64_t width, int64_t elements_away) {
-  const uintptr_t first = reinterpret_cast<uintptr_t>(row) + static_cast<uintptr_t>(elements_away) * sizeof(T);
-  for (uintptr_t byte = 0; byte < static_cast<uintptr_t>(width) * sizeof(T); byte += 64)
-    __builtin_prefetch(reinterpret_cast<const void*>(first + byte));
-}
 
 // to[t, 0:width] = factor from[time + t, head, first:first+width] for a chunk of tokens; rows of `to` are
 // `stride` apart. The walk comes next to tokens that are `ahead` away, and so do prefetches.

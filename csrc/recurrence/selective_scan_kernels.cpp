@@ -12,6 +12,7 @@
 
 #include "../common/math.h"
 #include "../common/vector.h"
+#include "staging.h"
 
 namespace star {
 namespace STAR_LEVEL {
@@ -22,20 +23,6 @@ constexpr int64_t most = 64;   // channels of a block, at most; the row length o
 constexpr float log2_e = 1.44269504f;
 constexpr int64_t forward_states = lanes >= 16 ? 16 : 8;  // states in registers at a time
 constexpr int64_t backward_states = lanes >= 16 ? 8 : 4;
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// float32 scratch, zeroed: padding channels must stay zero.
-struct Buffer {
-  float* data;
-  explicit Buffer(int64_t size) : data(new float[size > 0 ? size : 1]) { clear(size); }
-  ~Buffer() { delete[] data; }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  void clear(int64_t size) {
-    for (int64_t i = 0; i < size; ++i) data[i] = 0.0f;
-  }
-};
 
 // One block of channels of one group.
 struct Block {
@@ -63,31 +50,36 @@ void scatter(float* to, const float* from, const Block& block, int64_t states) {
     for (int64_t n = 0; n < states; ++n) to[(block.first + c) * states + n] = from[n * most + c];
 }
 
-// delta_t, u_t and D x_t of a chunk; with `slope` also x_t and d delta / d dt.
+// x_t, delta_t and u_t of a chunk, and where asked d delta / d dt. The walk comes next to tokens `ahead` away.
 template <class T>
 void stage(const SelectiveScan& call, const Block& block, int64_t batch, int64_t time, int64_t tokens,
-           float* delta, float* u, float* skip, float* x_values, float* slope) {
-  const float* bias = call.dt_bias ? call.dt_bias + block.first : nullptr;
-  const float* D = call.D ? call.D + block.first : nullptr;
+           int64_t ahead, float* x_values, float* delta, float* u, float* slope) {
+  const int64_t width = block.width;
   for (int64_t t = 0; t < tokens; ++t) {
     const T* x = call.x.row<T>(batch, time + t) + block.first;
     const T* dt = call.dt.row<T>(batch, time + t) + block.first;
-    float* delta_t = delta + t * most;
-    float* u_t = u + t * most;
-    for (int64_t c = 0; c < block.width; ++c) delta_t[c] = to_float(dt[c]);
-    if (bias)
-      for (int64_t c = 0; c < block.width; ++c) delta_t[c] += bias[c];
-    if (slope)
-      for (int64_t c = 0; c < block.width; ++c) {
-        slope[t * most + c] = call.softplus ? sigmoid(delta_t[c]) : 1.0f;
-        x_values[t * most + c] = to_float(x[c]);
-      }
+    prefetch(x, width, ahead * call.x.row_stride);
+    prefetch(dt, width, ahead * call.dt.row_stride);
+    float *x_t = x_values + t * most, *delta_t = delta + t * most, *u_t = u + t * most;
+    for (int64_t c = 0; c < width; ++c) x_t[c] = to_float(x[c]);
+    for (int64_t c = 0; c < width; ++c) delta_t[c] = to_float(dt[c]);
+    if (call.dt_bias)
+      for (int64_t c = 0; c < width; ++c) delta_t[c] += call.dt_bias[block.first + c];
+    if (slope && call.softplus)
+      for (int64_t c = 0; c < width; ++c) slope[t * most + c] = sigmoid(delta_t[c]);
+    if (slope && !call.softplus)
+      for (int64_t c = 0; c < width; ++c) slope[t * most + c] = 1.0f;
     if (call.softplus)
-      for (int64_t c = 0; c < block.width; ++c) delta_t[c] = softplus(delta_t[c]);
-    for (int64_t c = 0; c < block.width; ++c) u_t[c] = delta_t[c] * to_float(x[c]);
-    if (skip)
-      for (int64_t c = 0; c < block.width; ++c) skip[t * most + c] = D ? D[c] * to_float(x[c]) : 0.0f;
+      for (int64_t c = 0; c < width; ++c) delta_t[c] = softplus(delta_t[c]);
+    for (int64_t c = 0; c < width; ++c) u_t[c] = delta_t[c] * x_t[c];
   }
+}
+
+// y_t starts from D x_t.
+void start_outputs(const SelectiveScan& call, const Block& block, int64_t tokens, const float* x, float* y) {
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t c = 0; c < block.width; ++c)
+      y[t * most + c] = call.D ? call.D[block.first + c] * x[t * most + c] : 0.0f;
 }
 
 // Advances NB states of one vector of channels over a chunk; READ adds C h to y.
@@ -148,8 +140,10 @@ void write_output(const SelectiveScan& call, const Block& block, int64_t batch, 
   for (int64_t t = 0; t < tokens; ++t) {
     T* out = call.y.row<T>(batch, time + t) + block.first;
     const float* y_t = y + t * most;
+    prefetch(out, block.width, chunk * call.y.row_stride);
     if (call.z.data) {
       const T* z = call.z.row<T>(batch, time + t) + block.first;
+      prefetch(z, block.width, chunk * call.z.row_stride);
 #pragma GCC ivdep
       for (int64_t c = 0; c < block.width; ++c) out[c] = from_float<T>(y_t[c] * silu(to_float(z[c])));
     } else {
@@ -162,20 +156,21 @@ void write_output(const SelectiveScan& call, const Block& block, int64_t batch, 
 template <class T>
 void forward_tasks(const SelectiveScan& call, int64_t begin, int64_t end) {
   const int64_t matrix = call.states * most;
-  Buffer staged(3 * chunk * most), A(matrix), state(matrix);
-  float *delta = staged.data, *u = delta + chunk * most, *y = u + chunk * most;
+  Scratch staged(4 * chunk * most), A(matrix), state(matrix);
+  float *x = staged.data, *delta = x + chunk * most, *u = delta + chunk * most, *y = u + chunk * most;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t sequence = task / (call.groups * call.blocks), batch = call.spans.batch(sequence);
     const Block block(call, task % (call.groups * call.blocks));
     if (block.width <= 0) continue;
-    staged.clear(3 * chunk * most), A.clear(matrix), state.clear(matrix);
+    staged.clear(4 * chunk * most), A.clear(matrix), state.clear(matrix);
     gather(A.data, call.A, block, call.states, log2_e);
     const int64_t row = sequence * call.width * call.states;
     gather(state.data, call.initial ? call.initial + row : nullptr, block, call.states, 1.0f);
     const int64_t stop = call.spans.end(sequence);
     for (int64_t time = call.spans.start(sequence); time < stop; time += chunk) {
       const int64_t tokens = least(chunk, stop - time);
-      stage<T>(call, block, batch, time, tokens, delta, u, y, nullptr, nullptr);
+      stage<T>(call, block, batch, time, tokens, chunk, x, delta, u, nullptr);
+      start_outputs(call, block, tokens, x, y);
       advance_chunk<true>(call, block, batch, time, tokens, A.data, delta, u, y, state.data);
       write_output<T>(call, block, batch, time, tokens, y);
     }
@@ -185,7 +180,7 @@ void forward_tasks(const SelectiveScan& call, int64_t begin, int64_t end) {
 
 // What the backward pass holds of one chunk, `most` channels a row.
 struct Staged {
-  Buffer buffer;
+  Scratch buffer;
   float *delta, *u, *x, *slope, *dy, *du, *ddelta, *y;
 
   Staged() : buffer(8 * chunk * most) {
@@ -260,6 +255,8 @@ void stage_gradient(const SelectiveScanBackward& call, const Block& block, int64
   for (int64_t t = 0; t < tokens; ++t) {
     const T* dy = call.dy.row<T>(batch, time + t) + block.first;
     const T* z = call.forward.z.data ? call.forward.z.row<T>(batch, time + t) + block.first : nullptr;
+    prefetch(dy, block.width, -chunk * call.dy.row_stride);
+    if (z) prefetch(z, block.width, -chunk * call.forward.z.row_stride);
     float* to = staged.dy + t * most;
     for (int64_t c = 0; c < block.width; ++c) to[c] = to_float(dy[c]);
     if (z)
@@ -278,6 +275,8 @@ void write_gradients(const SelectiveScanBackward& call, const Block& block, int6
     const float* ddelta = staged.ddelta + t * most;
     T* dx = call.dx.row<T>(batch, time + t) + block.first;
     T* ddt = call.ddt.row<T>(batch, time + t) + block.first;
+    prefetch(dx, block.width, -chunk * call.dx.row_stride);
+    prefetch(ddt, block.width, -chunk * call.ddt.row_stride);
 #pragma GCC ivdep
     for (int64_t c = 0; c < block.width; ++c) {
       const float draw = (ddelta[c] * (1.0f / log2_e) + du[c] * x[c]) * slope[c];
@@ -290,6 +289,7 @@ void write_gradients(const SelectiveScanBackward& call, const Block& block, int6
       const T* z = call.forward.z.row<T>(batch, time + t) + block.first;
       const T* dout = call.dy.row<T>(batch, time + t) + block.first;
       T* dz = call.dz.row<T>(batch, time + t) + block.first;
+      prefetch(dz, block.width, -chunk * call.dz.row_stride);
 #pragma GCC ivdep
       for (int64_t c = 0; c < block.width; ++c) {
         const float gate = to_float(z[c]);
@@ -318,13 +318,14 @@ struct Walk {
     for (int64_t k = 0; k < chunks; ++k) {
       for (int64_t i = 0; i < matrix; ++i) starts[k * matrix + i] = state[i];
       if (k + 1 == chunks) break;
-      stage<T>(forward, block, batch, begin + k * chunk, chunk, staged.delta, staged.u, nullptr, nullptr, nullptr);
-      advance_chunk<false>(forward, block, batch, begin + k * chunk, chunk, A, staged.delta, staged.u, staged.y,
-                           state);
+      const int64_t time = begin + k * chunk;
+      stage<T>(forward, block, batch, time, chunk, chunk, staged.x, staged.delta, staged.u, nullptr);
+      advance_chunk<false>(forward, block, batch, time, chunk, A, staged.delta, staged.u, staged.y, state);
     }
     for (int64_t k = chunks - 1; k >= 0; --k) {
       const int64_t time = begin + k * chunk, tokens = least(chunk, end - time);
-      stage<T>(forward, block, batch, time, tokens, staged.delta, staged.u, staged.y, staged.x, staged.slope);
+      stage<T>(forward, block, batch, time, tokens, -chunk, staged.x, staged.delta, staged.u, staged.slope);
+      start_outputs(forward, block, tokens, staged.x, staged.y);
       stage_gradient<T>(call, block, batch, time, tokens, staged);
       by_states<backward_states>(forward.states, [&](int64_t n, auto count) {
         states<decltype(count)::value>(n, batch, time, tokens, starts + k * matrix);
@@ -367,8 +368,8 @@ void backward_tasks(const SelectiveScanBackward& call, int64_t begin, int64_t en
   int64_t longest = 0;
   for (int64_t s = 0; s < spans.count; ++s)
     if (spans.end(s) - spans.start(s) > longest) longest = spans.end(s) - spans.start(s);
-  Buffer A(matrix), state(matrix), carry(matrix), dA(matrix), sums(2 * most);
-  Buffer starts((longest + chunk - 1) / chunk * matrix);
+  Scratch A(matrix), state(matrix), carry(matrix), dA(matrix), sums(2 * most);
+  Scratch starts((longest + chunk - 1) / chunk * matrix);
   Staged staged;
   Kept* kept = new Kept;
   for (int64_t task = begin; task < end; ++task) {
