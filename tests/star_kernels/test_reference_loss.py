@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import star_kernels as sk
+from star_kernels import dispatch
 from star_kernels.loss import reference
 
 torch.set_num_threads(1)
@@ -97,3 +101,27 @@ def test_loss_refuses() -> None:
         sk.linear_cross_entropy(x, weight[:, :3], targets)
     with pytest.raises(TypeError, match="ignore_index is None"):
         sk.linear_cross_entropy(x, weight, targets, ignore_index=None)
+
+
+class LargestResult(TorchDispatchMode):
+    """Notes how many elements the largest tensor has that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("backend", dispatch.available("linear_cross_entropy", torch.zeros(1)))
+def test_all_logits_are_never_there_at_once(backend: str) -> None:
+    rows, width, classes = 1024, 64, 4096
+    x = torch.randn(rows, width, requires_grad=True)
+    weight = torch.randn(classes, width, requires_grad=True)
+    targets = torch.randint(classes, (rows,))
+    with LargestResult() as largest:
+        sk.linear_cross_entropy(x, weight, targets, backend=backend).backward()
+    assert largest.elements <= rows * classes // 4

@@ -1,0 +1,101 @@
+"""Decoding over a cache: what one-token calls must agree with, allocate and refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import star_kernels as sk
+from star_kernels import dispatch
+
+torch.set_num_threads(1)
+BACKENDS = dispatch.available("attention_decode", torch.zeros(1))
+compiled = pytest.mark.skipif("cpp" not in BACKENDS, reason="no compiled operators in this installation")
+
+
+def cache(dtype: torch.dtype = torch.float32, capacity: int = 20) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of every position (2, 20, 4, 16), and keys and values as two views of one cache."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, capacity, 4, 16, generator=generator).to(dtype)
+    both = torch.randn(2, capacity, 4, 16, generator=generator).to(dtype)
+    return q, both[:, :, :2], both[:, :, 2:]
+
+
+def lengths(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [None, 5])
+def test_step_by_step_is_attention(backend: str, window: int | None) -> None:
+    q, k, v = cache()
+    whole = sk.attention(q, k, v, window=window, backend="reference")
+    for t in range(q.shape[1]):
+        filled = lengths(t + 1, t + 1)
+        y = sk.attention_decode(q[:, t], k, v, filled, window=window, backend=backend)
+        torch.testing.assert_close(y, whole[:, t], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("operator", ["attention", "diff_attention"])
+def test_one_query_is_the_last_row(operator: str) -> None:
+    q, k, v = cache()
+    if operator == "attention":
+        rows = [sk.attention(queries, k, v) for queries in (q, q[:, -1:])]
+    else:
+        lam = torch.tensor(0.3)
+        rows = [sk.diff_attention(queries, k, queries * 2, k, v, lam) for queries in (q, q[:, -1:])]
+    torch.testing.assert_close(rows[1], rows[0][:, -1:], rtol=1e-5, atol=1e-6)
+
+
+@compiled
+def test_entries_beyond_the_length_are_never_read() -> None:
+    q, k, v = cache()
+    clean = sk.attention_decode(q[:, 0], k[:, :6], v[:, :6], lengths(6, 3))
+    k, v = k.clone(), v.clone()
+    k[0, 6:], v[0, 6:], k[1, 3:], v[1, 3:] = (torch.nan,) * 4
+    assert torch.equal(sk.attention_decode(q[:, 0], k, v, lengths(6, 3)), clean)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_allocated_but_the_output(dtype: torch.dtype) -> None:
+    q, k, v = cache(dtype)
+    q, filled = q[:, 0], lengths(20, 7)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        y = sk.attention_decode(q, k, v, filled)
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert [event.nbytes() for event in changes] == [y.nbytes]
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("wrong", "error", "words"),
+    [
+        ({"lengths": lengths(3, 21)}, ValueError, "lengths holds 21; it takes 0 to Lmax = 20"),
+        ({"lengths": torch.tensor([3, 4])}, TypeError, "lengths has dtype .*int64; it takes int32"),
+        ({"lengths": None}, TypeError, "lengths is NoneType"),
+        ({"k_cache": torch.zeros(2, 20, 3, 16)}, ValueError, "v_cache has shape|divisor of H = 4"),
+        ({"v_cache": torch.zeros(2, 19, 2, 16)}, ValueError, "v_cache has shape"),
+        ({"q": torch.zeros(2, 4, 8)}, ValueError, "k_cache has shape"),
+        ({"window": 0}, ValueError, "window is 0"),
+        ({"scale": "1"}, TypeError, "scale is '1'"),
+    ],
+)
+def test_refusals_speak_of_the_arguments(wrong: dict[str, Any], error: type[Exception], words: str) -> None:
+    q, k, v = cache()
+    arguments = {"q": q[:, 0], "k_cache": k, "v_cache": v, "lengths": lengths(3, 4)} | wrong
+    with pytest.raises(error, match=f"attention_decode: .*({words})"):
+        sk.attention_decode(**arguments)
+
+
+def test_second_derivatives_through_a_step() -> None:
+    q, k, v = (tensor[:, :4].double() for tensor in cache(capacity=4))
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (q[:, 0], k, v)]
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sk.attention_decode(q, k, v, lengths(4, 2), window=3)
+
+    assert torch.autograd.gradgradcheck(step, leaves)
