@@ -166,6 +166,27 @@ def test_attention_agrees_with_transformers() -> None:
     torch.testing.assert_close(sk.attention(q, k, v), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_diff_attention_agrees_with_transformers() -> None:
+    diffllama = pytest.importorskip("transformers.models.diffllama.modeling_diffllama")
+    config = diffllama.DiffLlamaConfig(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=2, attn_implementation="eager"
+    )
+    layer = diffllama.DiffLlamaAttention(config, layer_idx=1).double()
+    layer.groupnorm = layer.o_proj = torch.nn.Identity()
+    x = torch.randn(2, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = torch.full((6, 6), float("-inf"), dtype=torch.float64).triu(1)[None, None]
+    unturned = torch.ones(1, 6, 8, dtype=torch.float64), torch.zeros(1, 6, 8, dtype=torch.float64)
+    expected, _ = layer(x, unturned, mask)
+
+    # Heads of the first half make one softmax, those of the second the other; values lie side by side.
+    projections = (layer.q_proj, layer.k_proj, layer.v_proj)
+    q, k, v = (projection(x).unflatten(-1, (-1, 8)).chunk(2, dim=2) for projection in projections)
+    first = torch.exp(layer.lambda_q1 @ layer.lambda_k1)
+    lam = first - torch.exp(layer.lambda_q2 @ layer.lambda_k2) + layer.lambda_init
+    y = sk.diff_attention(q[0], k[0], q[1], k[1], torch.cat(v, dim=-1), lam)
+    torch.testing.assert_close((1 - layer.lambda_init) * y.flatten(2), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_derivatives_are_right() -> None:
     q, k, v = (tensor.requires_grad_() for tensor in tensors(3, 4))
     assert torch.autograd.gradcheck(lambda *t: sk.attention(*t, window=2, softcap=1.5), (q, k, v))
