@@ -207,7 +207,7 @@ PRESETS: dict[str, SearchSettings] = {
     "laptop": SearchSettings(
         model=ModelConfig(width=128, head_dim=32),
         proxy=ProxySettings(
-            steps=120, batch_size=2, length=128, learning_rate=4e-3, warmup_steps=12, threads=1
+            steps=80, batch_size=2, length=128, learning_rate=4e-3, warmup_steps=8, threads=1
         ),
     ),
     "paper": SearchSettings(
