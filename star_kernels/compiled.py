@@ -55,7 +55,7 @@ def register_autograd(
 ) -> None:
     """Registers ``backward`` for an operator and, with ``refuse``, a refusal as its partner's derivative."""
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
-    _eager_functions[operator(name)] = _eager_function(operator(name), backward, setup_context)
+    _eager_functions[operator(name)] = eager_function(operator(name), backward, setup_context)
     if refuse:
         refuse_second_derivative(f"{name}_backward", public_name or name)
 
@@ -63,8 +63,8 @@ def register_autograd(
 _eager_functions: dict[Any, type[torch.autograd.Function]] = {}
 
 
-def _eager_function(
-    op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]
+def eager_function(
+    op: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> type[torch.autograd.Function]:
     """The same derivative without the dispatcher's Python kernels: a third of their cost on small tensors."""
 

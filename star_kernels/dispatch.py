@@ -8,6 +8,7 @@ in one sentence why it cannot.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,11 +26,15 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Implementation:
-    """One form of one operator: a function with the reference's signature, and what it covers."""
+    """One form of one operator: a function with the reference's signature, and what it covers.
+
+    With ``by_name_only``, ``backend=None`` never takes it: it proves itself there and is not fast.
+    """
 
     function: Callable[..., Any]
     device_type: str | None
     dtypes: tuple[torch.dtype, ...] | None
+    by_name_only: bool = False
 
     def problem(self, tensor: Tensor) -> str | None:
         """Why this form does not take a call on this tensor, or None where it does."""
@@ -41,21 +46,38 @@ class Implementation:
 
 
 _implementations: dict[str, dict[str, Implementation]] = {}
-_compiled_problem: str | None = None
+_problems: dict[str, str] = {}  # why a backend is not there at all
 _in_use: str | None = None  # what `use` puts in the place of backend=None
 
 
 def load_compiled() -> bool:
     """Loads the compiled CPU operators once; False where this installation has none."""
-    global _compiled_problem
     try:
         importlib.import_module("star_kernels._C")
     except ImportError as error:
-        _compiled_problem = (
+        _problems["cpp"] = (
             "this installation has no compiled CPU operators (built without a C++ compiler): "
             f"{str(error).splitlines()[0]}"
         )
         return False
+    return True
+
+
+def load_triton(family: str) -> bool:
+    """Imports a family's Triton kernels where they can run; False where they can't.
+
+    They can with a torch built for GPUs, and, on CPU tensors, in Triton's interpreter (TRITON_INTERPRET=1).
+    Elsewhere Triton is not imported.
+    """
+    if not (torch.version.cuda or torch.version.hip or os.environ.get("TRITON_INTERPRET") == "1"):
+        _problems["triton"] = "this torch is built without GPUs, which the Triton kernels need"
+        return False
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        _problems["triton"] = f"the Triton kernels need the package triton: {str(error).splitlines()[0]}"
+        return False
+    importlib.import_module(f"star_kernels.{family}.triton")
     return True
 
 
@@ -66,11 +88,13 @@ def register(
     *,
     device_type: str | None = None,
     dtypes: tuple[torch.dtype, ...] | None = None,
+    by_name_only: bool = False,
 ) -> None:
     """Adds one form of an operator. ``device_type`` and ``dtypes`` None mean: covers all of them."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it takes one of {', '.join(BACKENDS)}")
-    _implementations.setdefault(operator, {})[backend] = Implementation(function, device_type, dtypes)
+    form = Implementation(function, device_type, dtypes, by_name_only)
+    _implementations.setdefault(operator, {})[backend] = form
 
 
 @contextmanager
@@ -109,7 +133,7 @@ def choose(operator: str, backend: str | None, tensor: Tensor) -> Callable[..., 
     if backend is None:
         for name in BACKENDS:
             form = forms.get(name)
-            if form is not None and form.problem(tensor) is None:
+            if form is not None and not form.by_name_only and form.problem(tensor) is None:
                 return form.function
     if backend not in BACKENDS:
         raise ValueError(
@@ -117,7 +141,7 @@ def choose(operator: str, backend: str | None, tensor: Tensor) -> Callable[..., 
         )
     form = forms.get(backend)
     if form is None:
-        why = _compiled_problem if backend == "cpp" and _compiled_problem else "it has none for this operator"
+        why = _problems.get(backend, "it has none for this operator")
         raise ValueError(f"{operator}: backend {backend!r} is not available: {why}")
     problem = form.problem(tensor)
     if problem is not None:

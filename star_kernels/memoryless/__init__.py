@@ -11,6 +11,7 @@ from star_kernels.memoryless import reference
 dispatch.register("glu", "reference", reference.glu)
 if dispatch.load_compiled():
     from star_kernels.memoryless import compiled as compiled
+dispatch.load_triton("memoryless")
 
 
 def glu(gate: Tensor, up: Tensor, activation: str = "silu", *, backend: str | None = None) -> Tensor:

@@ -72,10 +72,16 @@ def fast_backends(operator: str) -> list[str]:
     return [name for name in dispatch.available(operator, torch.zeros(1)) if name != "reference"]
 
 
+def backends(case: Case) -> list[str]:
+    """The forms that a case is tried on."""
+    fast = fast_backends(case.operator)
+    return fast if case.interpreted else [name for name in fast if name != "triton"]
+
+
 ROWS = [
     pytest.param(case, backend, dtype, id=f"{case.id}-{backend}-{str(dtype).removeprefix('torch.')}")
     for case in CASES
-    for backend in ["reference", *fast_backends(case.operator)]
+    for backend in ["reference", *backends(case)]
     for dtype in DTYPES
 ]
 
@@ -115,7 +121,7 @@ def transposed(tensor: Tensor) -> Tensor:
 LAYOUT_ROWS = [
     pytest.param(case, backend, layout, id=f"{case.id}-{backend}-{layout.__name__}")
     for case in CASES
-    for backend in fast_backends(case.operator)
+    for backend in backends(case)
     for layout in (fused_view, transposed)
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class Case:
         constant: floating arguments that get no gradient.
         float32: floating arguments that stay float32 beside half-precision ones (weights, states).
         float32_output: the result is float32 whatever the dtype (a loss).
+        interpreted: whether Triton's interpreter runs it too; False for the large ones, which take it minutes.
         tolerance: multiplies the tolerances, where a case is worse conditioned; say why.
     """
 
@@ -54,8 +55,8 @@ class Case:
     constant: frozenset[str] = frozenset()
     float32: frozenset[str] = frozenset()
     float32_output: bool = False
+    interpreted: bool = True
     tolerance: float = 1.0
-    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
