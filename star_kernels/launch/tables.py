@@ -19,7 +19,7 @@ SHIPPED = Path(__file__).parent / "tuned"
 VARIABLE = "STAR_KERNELS_TABLE"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def family_of(device: torch.device) -> str:
     """The device's family, such as "sm_90" or "gfx942"; "cpu" for the interpreter."""
     if device.type != "cuda":
@@ -30,7 +30,7 @@ def family_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def lookup(family: str, kernel: str, shape: str) -> dict[str, int] | None:
     """The tuned configuration of a kernel for a shape label, or None: then the safe one answers."""
     for table in (_user_table(), table_of(family)):
@@ -40,14 +40,14 @@ def lookup(family: str, kernel: str, shape: str) -> dict[str, int] | None:
     return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def table_of(family: str) -> dict[str, dict[str, dict[str, int]]]:
     """The shipped table of a device family; empty where none is shipped."""
     path = SHIPPED / f"{family}.json"
     return read(path) if path.exists() else {}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _user_table() -> dict[str, dict[str, dict[str, int]]]:
     named = os.environ.get(VARIABLE)
     return read(Path(named)) if named else {}

@@ -45,7 +45,7 @@ class Case:
         constant: floating arguments that get no gradient.
         float32: floating arguments that stay float32 beside half-precision ones (weights, states).
         float32_output: the result is float32 whatever the dtype (a loss).
-        interpreted: whether Triton's interpreter runs it too; False for the large ones, which take it minutes.
+        interpreted: whether the tests run it in Triton's interpreter too; it takes minutes for large ones.
         tolerance: multiplies the tolerances, where a case is worse conditioned; say why.
     """
 
