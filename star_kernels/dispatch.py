@@ -132,21 +132,29 @@ def choose(operator: str, backend: str | None, tensor: Tensor) -> Callable[..., 
         backend = _in_use
     if backend is None:
         for name in BACKENDS:
-            form = forms.get(name)
-            if form is not None and not form.by_name_only and form.problem(tensor) is None:
-                return form.function
+            candidate = forms.get(name)
+            if candidate is None or candidate.by_name_only:
+                continue
+            if candidate.problem(tensor) is None:
+                return candidate.function
     if backend not in BACKENDS:
         raise ValueError(
             f"{operator}: backend is {backend!r}; it takes None or {', '.join(map(repr, BACKENDS))}"
         )
-    form = forms.get(backend)
-    if form is None:
+    named = forms.get(backend)
+    if named is None:
         why = _problems.get(backend, "it has none for this operator")
         raise ValueError(f"{operator}: backend {backend!r} is not available: {why}")
-    problem = form.problem(tensor)
+    problem = named.problem(tensor)
     if problem is not None:
         raise ValueError(f"{operator}: backend {backend!r} {problem}")
-    return form.function
+    return named.function
+
+
+def form(operator: str, backend: str) -> Callable[..., Any] | None:
+    """One form of an operator whatever it covers, or None where there is none."""
+    found = _implementations.get(operator, {}).get(backend)
+    return None if found is None else found.function
 
 
 def compiled_form(operator: str, backend: str | None, first: Any) -> Callable[..., Any] | None:
@@ -154,10 +162,10 @@ def compiled_form(operator: str, backend: str | None, first: Any) -> Callable[..
     if backend is None:
         backend = _in_use
     if backend in (None, "cpp") and type(first) is Tensor:
-        form = _implementations[operator].get("cpp")
-        # What form.problem asks, in the time that a step has for it.
-        if form is not None and first.is_cpu and form.dtypes is not None and first.dtype in form.dtypes:
-            return form.function
+        compiled = _implementations[operator].get("cpp")
+        # What Implementation.problem asks, in the time that a step has for it.
+        if compiled is not None and first.is_cpu and first.dtype in (compiled.dtypes or ()):
+            return compiled.function
     return None
 
 
