@@ -15,6 +15,7 @@ for _name in ("attention", "diff_attention"):
     dispatch.register(_name, "torch", getattr(fused, _name), dtypes=dispatch.KERNEL_DTYPES)
 if dispatch.load_compiled():
     from star_kernels.attention import compiled as compiled
+dispatch.load_triton("attention")
 
 
 def attention(
@@ -118,6 +119,7 @@ def diff_attention(
     )
 
 
+@dispatch.compiled_step
 def attention_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -149,15 +151,6 @@ def attention_decode(
     """
     q, k_cache, v_cache = autocast_together(q, k_cache, v_cache)
     arguments = (q, k_cache, v_cache, lengths)
-    compiled = dispatch.compiled_form("attention_decode", backend, q)
-    if (
-        compiled is not None
-    ):  # it checks its arguments itself, faster; where it refuses, the contract says why
-        try:
-            return compiled(*arguments, scale=scale, window=window)
-        except (RuntimeError, TypeError, AttributeError):
-            _check_decode(*arguments, scale, window)
-            raise
     _check_decode(*arguments, scale, window)
     return dispatch.choose("attention_decode", backend, q)(*arguments, scale=scale, window=window)
 

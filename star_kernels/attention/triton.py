@@ -1,0 +1,564 @@
+"""Softmax attention in Triton: blocks of queries against blocks of keys, no matrix of scores in memory.
+
+Forward (FlashAttention-2, arXiv 2307.08691): a program holds a block of queries and streams the key blocks
+they see through a running softmax in powers of two, scores prescaled by log2 e; it stores y and, for
+backward, the log2 of each row's sum. Which blocks are streamed, and which of them need a mask,
+:mod:`star_kernels.attention.triton_blocks` says.
+
+Backward (arXiv 2205.14135, section B.4), with p = exp2(score - log-sum) and dp = dy · v:
+
+    delta_i = Σ_j p_ij dp_ij = dy_i · y_i
+    ds_ij   = p_ij (dp_ij - delta_i),  times 1 - t² under a soft cap, t being the tanh
+    dq_i = scale Σ_j ds_ij k_j        dk_j = scale Σ_i ds_ij q_i        dv_j = Σ_i p_ij dy_i
+
+in two kernels without atomics: dq (and delta) over blocks of queries, dk and dv over blocks of keys. The
+query heads that share a key head are summed in one program, or, where that would leave the GPU idle, in
+partial sums that are added afterwards, always in the same order.
+
+Long blocks come first in the grid, and the blocks of one head come together, so that its keys and values are
+read from the L2 cache. Configurations with LOADS 2 read keys and values (in backward: queries and dy) by
+tensor descriptors, which the TMA unit of sm_90 and later serves; other devices compile them to pointers.
+
+Heads wider than 256 take PyTorch's kernel or the reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from star_kernels.attention import fused
+from star_kernels.attention.triton_blocks import (
+    LOG2_E,
+    accumulate,
+    allow_descriptors,
+    described,
+    finish,
+    padded,
+    phases,
+    positive,
+    precision,
+    products,
+    put_tile,
+    row_source,
+    seen,
+    strides,
+    tile,
+    visibility,
+)
+from star_kernels.launch import Configuration, Kernel, Operator, cdiv, rows
+
+WIDEST = 256
+_LENGTHS = ("query_count", "key_count", "heads", "group", "behind", "ahead")
+
+
+@triton.jit
+def _attend(
+    y, total, peak, q, k_rows, v_rows, begin, end, lower, upper,
+    key_count, k_row, v_row, inner, slope,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, OPERAND: tl.constexpr, DESCRIBED: tl.constexpr,
+    KEYS: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys from ``begin`` to ``end`` to the running softmax of a block of queries."""
+    for first in range(begin, end, KEYS):
+        k = tile(k_rows, first, key_count, k_row, MASKED, DIM, KEYS, WIDTH, OPERAND, DESCRIBED)
+        x = products(q, k, inner, CAPPED)
+        key = first + tl.arange(0, KEYS)[None, :]
+        visible = (key >= lower[:, None]) & (key < upper[:, None])
+        weights, factor, total, peak = accumulate(total, peak, x, slope, visible, MASKED)
+        v = tile(v_rows, first, key_count, v_row, MASKED, VALUE_DIM, KEYS, VALUE_WIDTH, OPERAND, DESCRIBED)
+        y = tl.dot(weights.to(OPERAND), v, y * factor[:, None], input_precision="ieee")
+    return y, total, peak
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def _forward(
+    q, k, v, y, log_sum, bounds,
+    query_count, key_count, heads, group, behind, ahead, inner, slope,
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    CAPPED: tl.constexpr, LEADING: tl.constexpr, ALIGNED: tl.constexpr, OPERAND: tl.constexpr,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, LOADS: tl.constexpr,
+):  # fmt: skip
+    DESCRIBED: tl.constexpr = ALIGNED and LOADS == 2
+    blocks = tl.cdiv(query_count, QUERIES)
+    pair = tl.program_id(0) // blocks
+    first = (blocks - 1 - tl.program_id(0) % blocks) * QUERIES  # the last queries see most
+    head = pair % heads
+    batch = (pair // heads).to(tl.int64)
+    key_head = (head // group).to(tl.int64)
+    shift = key_count - query_count
+
+    q += batch * q_batch + head.to(tl.int64) * q_head
+    k += batch * k_batch + key_head * k_head
+    v += batch * v_batch + key_head * v_head
+    q_tile = tile(q, first, query_count, q_row, True, DIM, QUERIES, WIDTH, OPERAND, False)
+    k_rows = row_source(k, key_count, k_row, DIM, KEYS, WIDTH, DESCRIBED)
+    v_rows = row_source(v, key_count, v_row, VALUE_DIM, KEYS, VALUE_WIDTH, DESCRIBED)
+
+    query = tl.minimum(first + tl.arange(0, QUERIES), query_count - 1)
+    lower, upper = seen(query, query_count, key_count, shift, behind, ahead, bounds)
+    begin, full, trailing, end = phases(
+        first, query_count, key_count, shift, behind, ahead, bounds, LEADING, QUERIES, KEYS
+    )
+    sums = tl.zeros([QUERIES, VALUE_WIDTH], tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    peak = tl.full([QUERIES], float("-inf"), tl.float32)
+    if LEADING:
+        sums, total, peak = _attend(
+            sums, total, peak, q_tile, k_rows, v_rows, begin, full, lower, upper,
+            key_count, k_row, v_row, inner, slope,
+            True, CAPPED, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, OPERAND, DESCRIBED, KEYS,
+        )  # fmt: skip
+    sums, total, peak = _attend(
+        sums, total, peak, q_tile, k_rows, v_rows, full, trailing, lower, upper,
+        key_count, k_row, v_row, inner, slope,
+        False, CAPPED, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, OPERAND, DESCRIBED, KEYS,
+    )  # fmt: skip
+    sums, total, peak = _attend(
+        sums, total, peak, q_tile, k_rows, v_rows, trailing, end, lower, upper,
+        key_count, k_row, v_row, inner, slope,
+        True, CAPPED, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, OPERAND, DESCRIBED, KEYS,
+    )  # fmt: skip
+
+    inverse, log_total = finish(total, peak)
+    y += (batch * query_count * heads + head) * VALUE_DIM
+    put_tile(
+        y, sums * inverse[:, None], first, query_count, heads * VALUE_DIM, VALUE_DIM, QUERIES, VALUE_WIDTH
+    )
+    row = first + tl.arange(0, QUERIES)
+    tl.store(log_sum + (batch * heads + head) * query_count + row, log_total, row < query_count)
+
+
+@triton.jit
+def _gather_queries(
+    dq, q, dy, log_sum, delta, k_rows, v_rows, begin, end, lower, upper,
+    key_count, k_row, v_row, inner, slope,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, OPERAND: tl.constexpr, DESCRIBED: tl.constexpr,
+    KEYS: tl.constexpr,
+):  # fmt: skip
+    """Adds to dq / scale of a block of queries what the keys from ``begin`` to ``end`` give."""
+    for first in range(begin, end, KEYS):
+        k = tile(k_rows, first, key_count, k_row, MASKED, DIM, KEYS, WIDTH, OPERAND, DESCRIBED)
+        v = tile(v_rows, first, key_count, v_row, MASKED, VALUE_DIM, KEYS, VALUE_WIDTH, OPERAND, DESCRIBED)
+        x = products(q, k, inner, CAPPED)
+        weights = tl.exp2(x * slope - log_sum[:, None])
+        if MASKED:
+            key = first + tl.arange(0, KEYS)[None, :]
+            weights = tl.where((key >= lower[:, None]) & (key < upper[:, None]), weights, 0.0)
+        ds = weights * (tl.dot(dy, tl.trans(v), input_precision="ieee") - delta[:, None])
+        if CAPPED:
+            ds *= 1.0 - x * x
+        dq = tl.dot(ds.to(OPERAND), k, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def _query_gradient(
+    q, k, v, y, dy, log_sum, delta, dq, bounds,
+    query_count, key_count, heads, group, behind, ahead, inner, slope, scale,
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, dy_batch, dy_row, dy_head,
+    CAPPED: tl.constexpr, LEADING: tl.constexpr, ALIGNED: tl.constexpr, OPERAND: tl.constexpr,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, LOADS: tl.constexpr,
+):  # fmt: skip
+    DESCRIBED: tl.constexpr = ALIGNED and LOADS == 2
+    blocks = tl.cdiv(query_count, QUERIES)
+    pair = tl.program_id(0) // blocks
+    first = (blocks - 1 - tl.program_id(0) % blocks) * QUERIES
+    head = pair % heads
+    batch = (pair // heads).to(tl.int64)
+    key_head = (head // group).to(tl.int64)
+    shift = key_count - query_count
+
+    q += batch * q_batch + head.to(tl.int64) * q_head
+    k += batch * k_batch + key_head * k_head
+    v += batch * v_batch + key_head * v_head
+    dy += batch * dy_batch + head.to(tl.int64) * dy_head
+    y += (batch * query_count * heads + head) * VALUE_DIM
+    dq += (batch * query_count * heads + head) * DIM
+    q_tile = tile(q, first, query_count, q_row, True, DIM, QUERIES, WIDTH, OPERAND, False)
+    dy_tile = tile(dy, first, query_count, dy_row, True, VALUE_DIM, QUERIES, VALUE_WIDTH, OPERAND, False)
+    y_tile = tile(
+        y, first, query_count, heads * VALUE_DIM, True, VALUE_DIM, QUERIES, VALUE_WIDTH, tl.float32, False
+    )
+    row = first + tl.arange(0, QUERIES)
+    statistics = (batch * heads + head) * query_count + row
+    log_total = tl.load(log_sum + statistics, row < query_count, other=float("inf"))
+    inner_product = tl.sum(y_tile * dy_tile.to(tl.float32), 1)
+    tl.store(delta + statistics, inner_product, row < query_count)
+
+    k_rows = row_source(k, key_count, k_row, DIM, KEYS, WIDTH, DESCRIBED)
+    v_rows = row_source(v, key_count, v_row, VALUE_DIM, KEYS, VALUE_WIDTH, DESCRIBED)
+    query = tl.minimum(row, query_count - 1)
+    lower, upper = seen(query, query_count, key_count, shift, behind, ahead, bounds)
+    begin, full, trailing, end = phases(
+        first, query_count, key_count, shift, behind, ahead, bounds, LEADING, QUERIES, KEYS
+    )
+    sums = tl.zeros([QUERIES, WIDTH], tl.float32)
+    if LEADING:
+        sums = _gather_queries(
+            sums, q_tile, dy_tile, log_total, inner_product, k_rows, v_rows, begin, full, lower, upper,
+            key_count, k_row, v_row, inner, slope,
+            True, CAPPED, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, OPERAND, DESCRIBED, KEYS,
+        )  # fmt: skip
+    sums = _gather_queries(
+        sums, q_tile, dy_tile, log_total, inner_product, k_rows, v_rows, full, trailing, lower, upper,
+        key_count, k_row, v_row, inner, slope,
+        False, CAPPED, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, OPERAND, DESCRIBED, KEYS,
+    )  # fmt: skip
+    sums = _gather_queries(
+        sums, q_tile, dy_tile, log_total, inner_product, k_rows, v_rows, trailing, end, lower, upper,
+        key_count, k_row, v_row, inner, slope,
+        True, CAPPED, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, OPERAND, DESCRIBED, KEYS,
+    )  # fmt: skip
+    put_tile(dq, sums * scale, first, query_count, heads * DIM, DIM, QUERIES, WIDTH)
+
+
+@triton.jit
+def _gather_keys(
+    dk, dv, k, v, q_rows, dy_rows, log_sum, delta, begin, end, lower, upper,
+    query_count, q_row, dy_row, inner, slope,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, OPERAND: tl.constexpr, DESCRIBED: tl.constexpr,
+    QUERIES: tl.constexpr,
+):  # fmt: skip
+    """Adds to dk / scale and dv of a block of keys what the queries from ``begin`` to ``end`` give.
+
+    Scores stand transposed, (keys, queries), as the products that use them take them.
+    """
+    for first in range(begin, end, QUERIES):
+        q = tile(q_rows, first, query_count, q_row, MASKED, DIM, QUERIES, WIDTH, OPERAND, DESCRIBED)
+        query = first + tl.arange(0, QUERIES)
+        inside = query < query_count
+        if MASKED:
+            log_total = tl.load(log_sum + query, inside, other=float("inf"))
+            product = tl.load(delta + query, inside, other=0.0)
+        else:
+            log_total = tl.load(log_sum + query)
+            product = tl.load(delta + query)
+        x = products(k, q, inner, CAPPED)
+        weights = tl.exp2(x * slope - log_total[None, :])
+        if MASKED:
+            visible = (query[None, :] >= lower[:, None]) & (query[None, :] < upper[:, None])
+            weights = tl.where(visible, weights, 0.0)
+        dy = tile(
+            dy_rows, first, query_count, dy_row, MASKED, VALUE_DIM, QUERIES, VALUE_WIDTH, OPERAND, DESCRIBED
+        )
+        dv = tl.dot(weights.to(OPERAND), dy, dv, input_precision="ieee")
+        ds = weights * (tl.dot(v, tl.trans(dy), input_precision="ieee") - product[None, :])
+        if CAPPED:
+            ds *= 1.0 - x * x
+        dk = tl.dot(ds.to(OPERAND), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=(*_LENGTHS, "parts"))
+def _key_gradients(
+    q, k, v, dy, log_sum, delta, dk, dv, bounds,
+    query_count, key_count, heads, group, parts, behind, ahead, inner, slope, scale,
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, dy_batch, dy_row, dy_head,
+    CAPPED: tl.constexpr, LEADING: tl.constexpr, ALIGNED: tl.constexpr, OPERAND: tl.constexpr,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, LOADS: tl.constexpr,
+):  # fmt: skip
+    """dk and dv (B, Lk, parts, D): of one block of keys, summed over heads / parts query heads."""
+    DESCRIBED: tl.constexpr = ALIGNED and LOADS == 2
+    blocks = tl.cdiv(key_count, KEYS)
+    first = (tl.program_id(0) % blocks) * KEYS  # under causal order the first keys are seen most
+    pair = tl.program_id(0) // blocks
+    part = pair % parts
+    batch = (pair // parts).to(tl.int64)
+    summed = heads // parts
+    key_head = (part * summed // group).to(tl.int64)
+    shift = query_count - key_count
+
+    k += batch * k_batch + key_head * k_head
+    v += batch * v_batch + key_head * v_head
+    k_tile = tile(k, first, key_count, k_row, True, DIM, KEYS, WIDTH, OPERAND, False)
+    v_tile = tile(v, first, key_count, v_row, True, VALUE_DIM, KEYS, VALUE_WIDTH, OPERAND, False)
+    key = tl.minimum(first + tl.arange(0, KEYS), key_count - 1)
+    lower, upper = seen(key, key_count, query_count, shift, ahead, behind, bounds)
+    begin, full, trailing, end = phases(
+        first, key_count, query_count, shift, ahead, behind, bounds, LEADING, KEYS, QUERIES
+    )
+    dk_sums = tl.zeros([KEYS, WIDTH], tl.float32)
+    dv_sums = tl.zeros([KEYS, VALUE_WIDTH], tl.float32)
+    for head in range(part * summed, (part + 1) * summed):
+        line = batch * heads + head
+        q_rows = row_source(
+            q + batch * q_batch + tl.cast(q_head, tl.int64) * head,
+            query_count, q_row, DIM, QUERIES, WIDTH, DESCRIBED,
+        )  # fmt: skip
+        dy_rows = row_source(
+            dy + batch * dy_batch + tl.cast(dy_head, tl.int64) * head,
+            query_count, dy_row, VALUE_DIM, QUERIES, VALUE_WIDTH, DESCRIBED,
+        )  # fmt: skip
+        log_sums = log_sum + line * query_count
+        deltas = delta + line * query_count
+        if LEADING:
+            dk_sums, dv_sums = _gather_keys(
+                dk_sums, dv_sums, k_tile, v_tile, q_rows, dy_rows, log_sums, deltas, begin, full,
+                lower, upper, query_count, q_row, dy_row, inner, slope,
+                True, CAPPED, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, OPERAND, DESCRIBED, QUERIES,
+            )  # fmt: skip
+        dk_sums, dv_sums = _gather_keys(
+            dk_sums, dv_sums, k_tile, v_tile, q_rows, dy_rows, log_sums, deltas, full, trailing,
+            lower, upper, query_count, q_row, dy_row, inner, slope,
+            False, CAPPED, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, OPERAND, DESCRIBED, QUERIES,
+        )  # fmt: skip
+        dk_sums, dv_sums = _gather_keys(
+            dk_sums, dv_sums, k_tile, v_tile, q_rows, dy_rows, log_sums, deltas, trailing, end,
+            lower, upper, query_count, q_row, dy_row, inner, slope,
+            True, CAPPED, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, OPERAND, DESCRIBED, QUERIES,
+        )  # fmt: skip
+    place = batch * key_count * parts + part
+    put_tile(dk + place * DIM, dk_sums * scale, first, key_count, parts * DIM, DIM, KEYS, WIDTH)
+    put_tile(
+        dv + place * VALUE_DIM, dv_sums, first, key_count, parts * VALUE_DIM, VALUE_DIM, KEYS, VALUE_WIDTH
+    )
+
+
+# --------------------------------------------------------------------------------------------------------
+# Configurations
+
+
+def _blocks(queries: int, keys: int, loads: int, num_warps: int, num_stages: int) -> Configuration:
+    return Configuration({"QUERIES": queries, "KEYS": keys, "LOADS": loads}, num_warps, num_stages)
+
+
+def row_bytes(arguments: dict[str, Any]) -> int:
+    """Of the widest row that a tile holds."""
+    size: int = arguments["q"].element_size()
+    return size * max(arguments["WIDTH"], arguments["VALUE_WIDTH"])
+
+
+def label(arguments: dict[str, Any]) -> str:
+    return (
+        f"head_dim={arguments['WIDTH']},value_dim={arguments['VALUE_WIDTH']},"
+        f"bytes={arguments['q'].element_size()}"
+    )
+
+
+def by_row_bytes(*sizes: tuple[int, Configuration]) -> Any:
+    """The first configuration whose limit of bytes a row holds the launch's rows."""
+
+    def choose(arguments: dict[str, Any]) -> Configuration:
+        needed = row_bytes(arguments)
+        return next(configuration for limit, configuration in sizes if needed <= limit)
+
+    return choose
+
+
+_TINY = _blocks(16, 16, 1, 4, 1)
+_NARROW = _blocks(64, 64, 1, 4, 2)
+FORWARD = Kernel(
+    "attention_forward",
+    _forward,
+    (
+        _NARROW,
+        _blocks(128, 64, 1, 8, 3),
+        _blocks(128, 128, 1, 8, 3),
+        _blocks(128, 128, 2, 8, 3),
+        _blocks(128, 128, 2, 8, 2),
+        _blocks(128, 64, 2, 4, 3),
+        _blocks(64, 128, 2, 4, 2),
+    ),
+    shape=label,
+    choose=by_row_bytes((256, _NARROW), (512, _blocks(32, 32, 1, 4, 1)), (1024, _TINY)),
+)
+QUERY_GRADIENT = Kernel(
+    "attention_backward_queries",
+    _query_gradient,
+    (
+        _NARROW,
+        _blocks(128, 64, 1, 8, 2),
+        _blocks(128, 64, 2, 8, 3),
+        _blocks(128, 128, 2, 8, 2),
+        _blocks(64, 64, 2, 4, 3),
+    ),
+    shape=label,
+    choose=by_row_bytes((128, _NARROW), (256, _blocks(64, 32, 1, 4, 2)), (1024, _TINY)),
+)
+KEY_GRADIENTS = Kernel(
+    "attention_backward_keys",
+    _key_gradients,
+    (
+        _NARROW,
+        _blocks(64, 128, 1, 8, 2),
+        _blocks(64, 128, 2, 8, 2),
+        _blocks(64, 128, 2, 8, 3),
+        _blocks(32, 128, 1, 4, 2),
+        _blocks(64, 64, 2, 4, 2),
+    ),
+    shape=label,
+    choose=by_row_bytes((128, _NARROW), (256, _blocks(32, 64, 1, 4, 2)), (1024, _TINY)),
+)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Operators
+
+
+def _settings(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float, softcap: float, packed: Any
+) -> dict[str, Any]:
+    """What the three kernels have in common but the strides."""
+    heads = q.shape[2]
+    return {
+        **visibility(q.shape[1], k.shape[1], causal, window, packed),
+        **precision(q),
+        "heads": heads,
+        "group": max(1, heads // max(1, k.shape[2])),
+        "inner": 2.0 * LOG2_E * scale / softcap if softcap else 0.0,
+        "slope": LOG2_E * (softcap or scale),
+        "CAPPED": bool(softcap),
+        "DIM": q.shape[3],
+        "VALUE_DIM": v.shape[3],
+        "WIDTH": padded(q.shape[3]),
+        "VALUE_WIDTH": padded(v.shape[3]),
+    }
+
+
+def query_grid(batch: int, heads: int, queries: int) -> Any:
+    return lambda blocks: (batch * heads * cdiv(queries, blocks["QUERIES"]),)
+
+
+def key_grid(batch: int, parts: int, keys: int) -> Any:
+    return lambda blocks: (batch * parts * cdiv(keys, blocks["KEYS"]),)
+
+
+def key_parts(batch: int, heads: int, key_heads: int, keys: int) -> int:
+    """By how many programs a block of keys' gradients is summed, over all heads: one for each key head, or,
+    where those would not fill a GPU of some 132 multiprocessors twice, one for each query head."""
+    programs = batch * key_heads * cdiv(keys, 128)
+    return key_heads if programs >= 264 else heads
+
+
+def summed(parts: Tensor, key_heads: int, like: Tensor) -> Tensor:
+    """(B, L, parts, D) float32 partial sums as (B, L, key_heads, D); key_heads divides parts."""
+    if parts.shape[2] == key_heads:
+        return parts
+    return parts.unflatten(2, (key_heads, parts.shape[2] // key_heads)).sum(dim=3).to(like.dtype)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    window: int,
+    scale: float,
+    softcap: float,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y and the log2-sums (B, H, Lq)."""
+    q, k, v = rows(q), rows(k), rows(v)
+    batch, queries, heads, _ = q.shape
+    y = q.new_empty(batch, queries, heads, v.shape[3])
+    log_sum = q.new_empty(batch, heads, queries, dtype=torch.float32)
+    directed, scale, _ = positive(q, scale)
+    allow_descriptors()
+    FORWARD.launch(
+        query_grid(batch, heads, queries),
+        q=directed, k=k, v=v, y=y, log_sum=log_sum,
+        LEADING=window > 0 or cu_seqlens is not None, ALIGNED=described(k, v),
+        **_settings(q, k, v, causal, window, scale, softcap, cu_seqlens),
+        **strides(q=directed, k=k, v=v),
+    )  # fmt: skip
+    return y, log_sum
+
+
+def _attention_backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    log_sum: Tensor,
+    causal: bool,
+    window: int,
+    scale: float,
+    softcap: float,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dy, q, k, v = rows(dy), rows(q), rows(k), rows(v)
+    batch, queries, heads, _ = q.shape
+    keys, key_heads = k.shape[1:3]
+    parts = key_parts(batch, heads, key_heads, keys)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    wide = k.dtype if parts == key_heads else torch.float32
+    dk = k.new_empty(batch, keys, parts, k.shape[3], dtype=wide)
+    dv = v.new_empty(batch, keys, parts, v.shape[3], dtype=wide)
+    directed, scale, sign = positive(q, scale)
+    settings = {
+        **_settings(q, k, v, causal, window, scale, softcap, cu_seqlens),
+        **strides(q=directed, k=k, v=v, dy=dy),
+        "q": directed, "k": k, "v": v, "dy": dy, "log_sum": log_sum, "delta": torch.empty_like(log_sum),
+        "scale": scale,
+    }  # fmt: skip
+    limited = window > 0 or cu_seqlens is not None
+    allow_descriptors()
+    QUERY_GRADIENT.launch(
+        query_grid(batch, heads, queries),
+        **settings, y=y, dq=dq, LEADING=limited, ALIGNED=described(k, v),
+    )  # fmt: skip
+    KEY_GRADIENTS.launch(
+        key_grid(batch, parts, keys),
+        **settings, dk=dk, dv=dv, parts=parts, LEADING=limited or causal, ALIGNED=described(directed, dy),
+    )  # fmt: skip
+    return dq if sign == 1.0 else dq * sign, summed(dk, key_heads, k), summed(dv, key_heads, v)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    q, k, v, *ctx.settings, cu_seqlens = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+
+
+def _autograd(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
+    *tensors, cu_seqlens = ctx.saved_tensors
+    gradients = BACKWARD_OPERATOR(dy, *tensors, *ctx.settings, cu_seqlens)
+    return *gradients, *(None for _ in ctx.settings), None
+
+
+_SETTINGS = "bool causal, SymInt window, float scale, float softcap, Tensor? cu_seqlens"
+BACKWARD_OPERATOR = Operator(
+    "attention_backward",
+    f"(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor log_sum, {_SETTINGS})"
+    " -> (Tensor, Tensor, Tensor)",
+    _attention_backward,
+)
+OPERATOR = Operator(
+    "attention", f"(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)", _attention
+)
+OPERATOR.differentiate(_autograd, _setup, partner=BACKWARD_OPERATOR)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """See :func:`star_kernels.attention`. Heads wider than 256 take PyTorch's kernel or the reference."""
+    if max(q.shape[3], v.shape[3]) > WIDEST:
+        return fused.attention(
+            q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, cu_seqlens=cu_seqlens
+        )
+    scale = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
+    y: Tensor = OPERATOR(q, k, v, causal, window or 0, scale, float(softcap or 0.0), cu_seqlens)[0]
+    return y
+
+
+OPERATOR.register(attention)

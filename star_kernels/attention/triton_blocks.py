@@ -1,0 +1,232 @@
+"""What the Triton attentions share: which blocks a block of tokens sees, tiles of rows, launching.
+
+A query at position p sees the keys from p - behind to p + ahead, cut to the keys there are or, packed, to
+its own sequence. So each query sees one interval of keys, both ends of which rise with the query; and each
+key is seen by one interval of queries, with behind and ahead exchanged. Every kernel here walks over the
+blocks of the other side in three phases, which these intervals give:
+
+    |  some tokens see  |  all tokens of the block see all  |  some tokens see  |
+
+The middle one needs no mask, and nothing outside the three is read. Causal order, windows, packed sequences
+and unequal lengths are four ways to set the interval, and no kernel knows them apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from star_kernels.launch import operand_type
+
+LOG2_E = 1.4426950408889634
+
+
+# --------------------------------------------------------------------------------------------------------
+# Inside kernels
+
+
+@triton.jit
+def seen(index, count, other_count, shift, behind, ahead, bounds):
+    """The interval [lower, upper) that a token sees of the other side; empty where upper <= lower.
+
+    ``bounds`` (2, count) holds where the token's sequence begins and ends, or is None.
+    """
+    if bounds is None:
+        first = 0
+        last = other_count
+    else:
+        first = tl.load(bounds + index)
+        last = tl.load(bounds + count + index)
+    lower = tl.maximum(index + (shift - behind), first)
+    upper = tl.minimum(index + (shift + ahead + 1), last)
+    return lower, tl.maximum(upper, 0)
+
+
+@triton.jit
+def phases(
+    first, count, other_count, shift, behind, ahead, bounds,
+    LEADING: tl.constexpr, BLOCK: tl.constexpr, OTHER: tl.constexpr,
+):  # fmt: skip
+    """Where the three phases of the tokens from ``first`` begin, and where the last one ends.
+
+    Without LEADING, the lower ends of all intervals are 0, and the first phase is empty.
+    """
+    lower, full_upper = seen(first, count, other_count, shift, behind, ahead, bounds)
+    last = tl.minimum(first + BLOCK, count) - 1
+    full_lower, upper = seen(last, count, other_count, shift, behind, ahead, bounds)
+    if LEADING:
+        begin = lower // OTHER * OTHER
+        # Not behind the end: tokens may have no key in common.
+        full = tl.minimum((full_lower + OTHER - 1) // OTHER, (upper + OTHER - 1) // OTHER) * OTHER
+    else:
+        begin = 0
+        full = 0
+    trailing = tl.maximum(full_upper // OTHER * OTHER, full)
+    return begin, full, trailing, upper
+
+
+@triton.jit
+def row_source(
+    base, count, stride,
+    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """What :func:`tile` reads from: a tensor descriptor, whose tiles the TMA unit copies, or the pointer."""
+    if DESCRIBED:
+        return tl.make_tensor_descriptor(base, [count, DIM], [stride, 1], [ROWS, WIDTH])
+    else:
+        return base
+
+
+@triton.jit
+def tile(
+    source, first, count, stride,
+    CHECKED: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    OPERAND: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """The rows from ``first``, (ROWS, WIDTH), zeros behind DIM; CHECKED: and from row ``count`` on."""
+    if DESCRIBED:
+        return source.load([first, 0]).to(OPERAND)
+    else:
+        row = tl.arange(0, ROWS)[:, None]
+        column = tl.arange(0, WIDTH)[None, :]
+        places = source + tl.cast(stride, tl.int64) * first + (row * stride + column)
+        if CHECKED:
+            inside = (row + first < count) & (column < DIM)
+            return tl.load(places, inside, other=0.0).to(OPERAND)
+        elif DIM < WIDTH:
+            return tl.load(places, column < DIM, other=0.0).to(OPERAND)
+        else:
+            return tl.load(places).to(OPERAND)
+
+
+@triton.jit
+def put_tile(
+    base, values, first, count, stride,
+    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Stores the rows from ``first`` that there are."""
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    places = base + tl.cast(stride, tl.int64) * first + (row * stride + column)
+    tl.store(places, values.to(base.dtype.element_ty), (row + first < count) & (column < DIM))
+
+
+@triton.jit
+def products(a, b, inner, CAPPED: tl.constexpr):
+    """The raw scores a bᵀ; with a soft cap, tanh(inner · a bᵀ / (2 log2 e)), of negative powers alone."""
+    x = tl.dot(a, tl.trans(b), input_precision="ieee")
+    if CAPPED:
+        x *= inner
+        power = tl.exp2(-tl.abs(x))
+        t = (1.0 - power) / (1.0 + power)
+        x = tl.where(x < 0.0, -t, t)
+    return x
+
+
+@triton.jit
+def accumulate(total, peak, x, slope, visible, MASKED: tl.constexpr):
+    """One step of the running softmax in powers of two: the weights of a block of raw scores, the factor for
+    what was summed before, and the new sum and peak (of slope · x; slope > 0)."""
+    if MASKED:
+        x = tl.where(visible, x, float("-inf"))
+    new = tl.maximum(peak, tl.max(x, 1) * slope)
+    # A row that has seen no key yet stays at -inf, of which no difference may be taken.
+    base = tl.where(new == float("-inf"), 0.0, new) if MASKED else new
+    weights = tl.exp2(x * slope - base[:, None])
+    factor = tl.exp2(peak - base)
+    return weights, factor, total * factor + tl.sum(weights, 1), new
+
+
+@triton.jit
+def finish(total, peak):
+    """1 / total and log2 Σ exp2 of the scores: 0 and +inf for a query that sees nothing, so that its output
+    is 0 and every weight that backward recomputes is exp2(-inf)."""
+    nothing = total == 0.0
+    some = tl.where(nothing, 1.0, total)
+    return tl.where(nothing, 0.0, 1.0 / some), tl.where(nothing, float("inf"), peak + tl.log2(some))
+
+
+# --------------------------------------------------------------------------------------------------------
+# For launchers
+
+
+def padded(width: int) -> int:
+    """A head's width as a tile has it: a power of two, at least the 16 that tensor cores take."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def described(*tensors: Tensor) -> bool:
+    """Whether the TMA unit can read the rows of these (B, L, H, D): everything on 16-byte boundaries."""
+    for tensor in tensors:
+        size = tensor.element_size()
+        start = tensor.storage_offset() * size if isinstance(tensor, FakeTensor) else tensor.data_ptr()
+        steps = (stride * size for stride in tensor.stride()[:-1])
+        if 0 in tensor.shape or start % 16 or any(step % 16 for step in steps):
+            return False
+    return True
+
+
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """name_batch, name_row, name_head: the strides of (B, L, H, D) tensors, by the names kernels have."""
+    parts = ("batch", "row", "head")
+    return {
+        f"{name}_{part}": stride
+        for name, tensor in tensors.items()
+        for part, stride in zip(parts, tensor.stride(), strict=False)
+    }
+
+
+def visibility(
+    queries: int, keys: int, causal: bool, window: int, cu_seqlens: Tensor | None
+) -> dict[str, Any]:
+    """The kernels' arguments that say which keys a query sees; window 0 is none."""
+    unlimited = queries + keys
+    behind = window - 1 if window else unlimited
+    ahead = 0 if causal else behind
+    return {
+        "query_count": queries,
+        "key_count": keys,
+        "behind": min(behind, unlimited),
+        "ahead": min(ahead, unlimited),
+        "bounds": None if cu_seqlens is None else _bounds(cu_seqlens, queries),
+    }
+
+
+def _bounds(cu_seqlens: Tensor, length: int) -> Tensor:
+    """(2, L) int32: where each token's sequence begins and where it ends."""
+    token = torch.arange(length, dtype=torch.int32, device=cu_seqlens.device)
+    following = torch.searchsorted(cu_seqlens, token, right=True).clamp(1, cu_seqlens.shape[0] - 1)
+    return torch.stack([cu_seqlens[following - 1], cu_seqlens[following]])
+
+
+def positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """q and the scale with the scale's sign moved into q, as the running maximum needs it: (sign · q,
+    |scale|, sign), and for a scale of 0, zeros with any scale."""
+    if scale > 0.0:
+        return q, scale, 1.0
+    return (-q, -scale, -1.0) if scale < 0.0 else (torch.zeros_like(q), 1.0, 0.0)
+
+
+def precision(tensor: Tensor) -> dict[str, Any]:
+    return {"OPERAND": operand_type(tensor.dtype)}
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def allow_descriptors() -> None:
+    """Gives Triton memory for the tensor descriptors that kernels make.
+
+    Triton keeps the allocator for each thread apart, and autograd runs backward in threads of its own, so
+    every launching function says this again; it costs nothing.
+    """
+    triton.set_allocator(_scratch)
+
+
+allow_descriptors()
