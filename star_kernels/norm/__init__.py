@@ -13,6 +13,7 @@ for _name in ("rms_norm", "rope"):
     dispatch.register(_name, "reference", getattr(reference, _name))
 if dispatch.load_compiled():
     from star_kernels.norm import compiled as compiled
+dispatch.load_triton("norm")
 
 
 def rms_norm(

@@ -38,6 +38,7 @@ CASES = [
     Case("rms_norm", "large-eps", normed(4, 24, eps=0.7, residual=True), float32=FLOAT32),
     Case("rms_norm", "many-rows", normed(3, 401, 20), float32=FLOAT32),
     Case("rms_norm", "wide", normed(3, 1500, residual=True), float32=FLOAT32),
+    Case("rms_norm", "wider-than-registers", normed(3, 9000, residual=True), float32=FLOAT32),
     Case("rms_norm", "no-rows", normed(2, 0, 8, residual=True), float32=FLOAT32),
     Case("rope", "plain", turned(2, 37, 3, 16), float32=FLOAT32, constant=ANGLES),
     Case("rope", "learned-angles", turned(2, 9, 3, 12), float32=FLOAT32),
