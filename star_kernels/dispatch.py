@@ -7,12 +7,13 @@ in one sentence why it cannot.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -157,37 +158,40 @@ def form(operator: str, backend: str) -> Callable[..., Any] | None:
     return None if found is None else found.function
 
 
-def compiled_form(operator: str, backend: str | None, first: Any) -> Callable[..., Any] | None:
-    """The compiled CPU form, where it answers a call whose first argument is ``first``, a plain tensor."""
-    if backend is None:
-        backend = _in_use
-    if backend in (None, "cpp") and type(first) is Tensor:
-        compiled = _implementations[operator].get("cpp")
-        # What Implementation.problem asks, in the time that a step has for it.
-        if compiled is not None and first.is_cpu and first.dtype in (compiled.dtypes or ()):
-            return compiled.function
-    return None
-
-
 def step(
     operator: str, backend: str | None, check: Callable[[], None], *arguments: Any, **options: Any
 ) -> Any:
-    """Answers one decode step, where microseconds count.
-
-    The compiled operators check their arguments themselves, so ``check``, which states the contract in
-    words, runs first only for the other backends; where a compiled step refuses, it explains why.
-    """
-    first = arguments[0]
-    compiled = compiled_form(operator, backend, first)
-    if compiled is not None:
-        try:
-            return compiled(*arguments, **options)
-        except (RuntimeError, TypeError, AttributeError):
-            check()
-            raise
+    """Answers one decode step that :func:`compiled_step` passed on: states the contract, then computes."""
     check()
     with torch.no_grad():
-        return choose(operator, backend, first)(*arguments, **options)
+        return choose(operator, backend, arguments[0])(*arguments, **options)
+
+
+Step = TypeVar("Step", bound=Callable[..., Any])
+
+
+def compiled_step(function: Step) -> Step:
+    """Puts the compiled form of a public decode step before it, where microseconds count.
+
+    The compiled steps check their arguments themselves, so the contract, which says in words what is wrong,
+    is asked only where they refuse, and where another backend answers.
+    """
+    form = _implementations[function.__name__].get("cpp")
+    if form is None:
+        return function
+    compiled = form.function
+
+    @functools.wraps(function)
+    def step(*arguments: Any, **options: Any) -> Any:
+        if _in_use is None and "backend" not in options:
+            try:
+                if arguments[0].is_cpu:
+                    return compiled(*arguments, **options)
+            except (RuntimeError, TypeError, AttributeError, IndexError):
+                pass
+        return function(*arguments, **options)
+
+    return cast(Step, step)
 
 
 def available(operator: str, tensor: Tensor) -> tuple[str, ...]:

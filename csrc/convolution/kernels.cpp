@@ -264,25 +264,46 @@ void final_state_sequence(const ShortConv& call, int64_t sequence) {
   }
 }
 
-template <class T, bool gated, bool silu_after>
-void step_entry(const ShortConvStep& call, int64_t batch) {
-  const int64_t width = call.width, taps = call.taps;
-  const T* x = call.x.row<T>(batch, 0);
-  const T* b = gated ? call.b.row<T>(batch, 0) : nullptr;
-  const T* c = gated ? call.c.row<T>(batch, 0) : nullptr;
-  T* y = call.y.row<T>(batch, 0);
-  T* state = call.state.row<T>(batch, 0);
-  const int64_t state_stride = call.state.row_stride;
-  for (int64_t d = 0; d < width; ++d) {
-    const float u = gated ? to_float(b[d]) * to_float(x[d]) : to_float(x[d]);
-    const T stored = from_float<T>(u);
-    float pre = call.bias ? call.bias[d] : 0.0f;
-    for (int64_t k = 0; k + 1 < taps; ++k) pre += call.weight[d * taps + k] * to_float(state[k * state_stride + d]);
-    pre += call.weight[d * taps + taps - 1] * u;
-    for (int64_t k = 0; k + 2 < taps; ++k) state[k * state_stride + d] = state[(k + 1) * state_stride + d];
-    if (taps > 1) state[(taps - 2) * state_stride + d] = stored;
-    y[d] = from_float<T>(gated ? pre * to_float(c[d]) : silu_after ? silu(pre) : pre);
+// `count` channels from d on, their taps turned over so that all loops run over channels.
+template <class T, bool gated, bool silu_after, int TAPS, int64_t count>
+STAR_INLINE void step_channels(const ShortConvStep& call, int64_t batch, int64_t d) {
+  const int64_t taps = TAPS ? TAPS : call.taps, stride = call.state.row_stride;
+  const float* weight = call.weight + d * taps;
+  T* state = call.state.row<T>(batch, 0) + d;
+  const T* x = call.x.row<T>(batch, 0) + d;
+  float u[count], pre[count];
+  for (int64_t i = 0; i < count; ++i) u[i] = to_float(x[i]);
+  if (gated) {
+    const T* b = call.b.row<T>(batch, 0) + d;
+    for (int64_t i = 0; i < count; ++i) u[i] *= to_float(b[i]);
   }
+  for (int64_t i = 0; i < count; ++i) pre[i] = weight[i * taps + taps - 1] * u[i];
+  if (call.bias)
+    for (int64_t i = 0; i < count; ++i) pre[i] += call.bias[d + i];
+  for (int64_t k = 0; k + 1 < taps; ++k) {
+    T* row = state + k * stride;
+    for (int64_t i = 0; i < count; ++i) pre[i] += weight[i * taps + k] * to_float(row[i]);
+    if (k + 2 < taps) {
+      for (int64_t i = 0; i < count; ++i) row[i] = row[stride + i];
+    } else {
+      for (int64_t i = 0; i < count; ++i) row[i] = from_float<T>(u[i]);
+    }
+  }
+  T* y = call.y.row<T>(batch, 0) + d;
+  if (gated) {
+    const T* c = call.c.row<T>(batch, 0) + d;
+    for (int64_t i = 0; i < count; ++i) y[i] = from_float<T>(pre[i] * to_float(c[i]));
+  } else {
+    for (int64_t i = 0; i < count; ++i) y[i] = from_float<T>(silu_after ? silu(pre[i]) : pre[i]);
+  }
+}
+
+template <class T, bool gated, bool silu_after, int TAPS>
+void step_entry(const ShortConvStep& call, int64_t batch) {
+  constexpr int64_t block = 64;
+  int64_t d = 0;
+  for (; d + block <= call.width; d += block) step_channels<T, gated, silu_after, TAPS, block>(call, batch, d);
+  for (; d < call.width; ++d) step_channels<T, gated, silu_after, TAPS, 1>(call, batch, d);
 }
 
 // Turns the call's flags into template arguments: F<T, gated, silu, TAPS>.
@@ -326,9 +347,9 @@ void short_conv_dstate(const ShortConvBackward& call, int64_t begin, int64_t end
 }
 
 void short_conv_step(const ShortConvStep& call, int64_t begin, int64_t end) {
-  STAR_WITH_DTYPE(call.dtype, T, STAR_WITH_FORM(call, GATED, SILU, {
-    for (int64_t batch = begin; batch < end; ++batch) step_entry<T, GATED, SILU>(call, batch);
-  }))
+  STAR_WITH_DTYPE(call.dtype, T, STAR_WITH_FORM(call, GATED, SILU, STAR_WITH_TAPS(call.taps, TAPS, {
+    for (int64_t batch = begin; batch < end; ++batch) step_entry<T, GATED, SILU, TAPS>(call, batch);
+  })))
 }
 
 }  // namespace STAR_LEVEL

@@ -179,8 +179,12 @@ Tensor step(const OptionalTensor& b, const OptionalTensor& c, const Tensor& x, c
     call.b = keep(*b, "b");
     call.c = keep(*c, "c");
   }
-  kept.push_back(as_float(kernel));
+  // A kernel of either layout is read where it lies: a copy would cost more than the step.
+  const bool either = is_float32(kernel) && (kernel.stride(0) == 1 || kernel.stride(1) == 1);
+  kept.push_back(either ? kernel : as_float(kernel));
   call.kernel = static_cast<const float*>(kept.back().data_ptr());
+  call.channel_stride = kept.back().stride(0);
+  call.tap_stride = kept.back().stride(1);
   call.skip = nullptr;
   if (skip) {
     check_sizes(*skip, "skip", {width});
@@ -190,7 +194,11 @@ Tensor step(const OptionalTensor& b, const OptionalTensor& c, const Tensor& x, c
   call.history = rows_of(history);
   Tensor y = empty_like_shape(x, {batch, width});
   call.y = rows_of(y);
-  torch::stable::parallel_for(0, batch, 4, [&](int64_t begin, int64_t end) { long_conv_step(call, begin, end); });
+  const int64_t blocks = (width + long_conv_step_block - 1) / long_conv_step_block;
+  // A task of its own for each 64 KiB of history.
+  const int64_t grain = 1 + (1 << 14) / (long_conv_step_block * (position + 1));
+  torch::stable::parallel_for(0, batch * blocks, grain,
+                              [&](int64_t begin, int64_t end) { long_conv_step(call, begin, end); });
   return y;
 }
 

@@ -186,29 +186,61 @@ void for_each_tile(int64_t width, int64_t task, const F& f) {
     f(Tile{start, end - start < pair_width ? end - start : pair_width});
 }
 
+// sum[i] += Σ_j tap_j[i] x_{t-j}[i] for `count` taps from `first` on, each of whose rows lies `step` after the
+// one before.
+template <class T, int64_t block>
+STAR_INLINE void add_taps(float* sum, const float* taps, int64_t step, const T* past, int64_t row_stride,
+                          int64_t count) {
+  for (int64_t j = 0; j < count; ++j) {
+    const float* tap = taps + j * step;
+    const T* row = past - j * row_stride;
+    for (int64_t i = 0; i < block; ++i) sum[i] += tap[i] * to_float(row[i]);
+  }
+}
+
+// Whole blocks of channels. A kernel whose taps are contiguous is turned over a few taps at a time, so that
+// every cache line of it is read once.
+template <class T, int64_t block>
+STAR_INLINE void step_sums(const LongConvStep& call, const T* newest, int64_t start, int64_t taps, float* sum) {
+  const int64_t row_stride = call.history.row_stride;
+  const float* kernel = call.kernel + start * call.channel_stride;
+  if (call.channel_stride == 1) {
+    add_taps<T, block>(sum, kernel, call.tap_stride, newest + start, row_stride, taps);
+    return;
+  }
+  constexpr int64_t depth = 16;
+  float turned[depth * block];
+  for (int64_t j = 0; j < taps; j += depth) {
+    const int64_t count = taps - j < depth ? taps - j : depth;
+    for (int64_t i = 0; i < block; ++i) {
+      const float* from = kernel + i * call.channel_stride + j;
+      for (int64_t k = 0; k < count; ++k) turned[k * block + i] = from[k];
+    }
+    add_taps<T, block>(sum, turned, block, newest + start - j * row_stride, row_stride, count);
+  }
+}
+
 template <class T>
-void step_entry(const LongConvStep& call, int64_t batch) {
-  constexpr int64_t block = 64;  // channels whose sums stay in registers or the nearest cache
+void step_block(const LongConvStep& call, int64_t batch, int64_t start, int64_t count) {
+  constexpr int64_t block = long_conv_step_block;
   const int64_t taps = call.position + 1 < call.kernel_length ? call.position + 1 : call.kernel_length;
   const T* x = call.x.row<T>(batch, 0);
   const T* b = call.gated ? call.b.row<T>(batch, 0) : nullptr;
   const T* c = call.gated ? call.c.row<T>(batch, 0) : nullptr;
   T* newest = call.history.row<T>(batch, call.position);
   T* y = call.y.row<T>(batch, 0);
-  for (int64_t d = 0; d < call.width; ++d) newest[d] = from_float<T>(b ? to_float(b[d]) * to_float(x[d]) : to_float(x[d]));
-  for (int64_t start = 0; start < call.width; start += block) {
-    const int64_t count = call.width - start < block ? call.width - start : block;
-    float sum[block] = {};
-    for (int64_t j = 0; j < taps; ++j) {
-      const T* past = call.history.row<T>(batch, call.position - j) + start;
-      const float* tap = call.kernel + start * call.kernel_length + j;
-      for (int64_t i = 0; i < count; ++i) sum[i] += tap[i * call.kernel_length] * to_float(past[i]);
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      const float u = b ? to_float(b[start + i]) * to_float(x[start + i]) : to_float(x[start + i]);
-      const float pre = sum[i] + (call.skip ? call.skip[start + i] * u : 0.0f);
-      y[start + i] = from_float<T>(c ? to_float(c[start + i]) * pre : pre);
-    }
+  for (int64_t d = start; d < start + count; ++d)
+    newest[d] = from_float<T>(b ? to_float(b[d]) * to_float(x[d]) : to_float(x[d]));
+  float sum[block] = {};
+  if (count == block) {
+    step_sums<T, block>(call, newest, start, taps, sum);
+  } else {
+    for (int64_t i = 0; i < count; ++i) step_sums<T, 1>(call, newest, start + i, taps, sum + i);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const float u = b ? to_float(b[start + i]) * to_float(x[start + i]) : to_float(x[start + i]);
+    const float pre = sum[i] + (call.skip ? call.skip[start + i] * u : 0.0f);
+    y[start + i] = from_float<T>(c ? to_float(c[start + i]) * pre : pre);
   }
 }
 
@@ -231,8 +263,12 @@ void long_conv_backward(const LongConvBackward& call, int64_t begin, int64_t end
 }
 
 void long_conv_step(const LongConvStep& call, int64_t begin, int64_t end) {
-  for (int64_t batch = begin; batch < end; ++batch) {
-    STAR_WITH_DTYPE(call.dtype, T, { step_entry<T>(call, batch); })
+  constexpr int64_t block = long_conv_step_block;
+  const int64_t blocks = (call.width + block - 1) / block;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t start = task % blocks * block;
+    const int64_t count = call.width - start < block ? call.width - start : block;
+    STAR_WITH_DTYPE(call.dtype, T, { step_block<T>(call, task / blocks, start, count); })
   }
 }
 

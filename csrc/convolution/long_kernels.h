@@ -32,14 +32,16 @@ struct LongConvStep {
   int64_t width, kernel_length, position;
   Rows x, b, c, y;      // one row a batch entry
   Rows history;         // (B, Lmax, D)
-  const float* kernel;  // (D, kernel_length)
+  const float* kernel;  // (D, kernel_length), one of the two strides 1
+  int64_t channel_stride, tap_stride;
   const float* skip;
 };
 
 }  // namespace star
 
+constexpr int64_t long_conv_step_block = 64;  // channels whose sums stay in registers or the nearest cache
 constexpr int64_t long_conv_tile_width = 32;  // a multiple of twice the lanes of every level
 
 STAR_KERNEL(long_conv_forward, LongConv)           // tasks: tiles of channels
 STAR_KERNEL(long_conv_backward, LongConvBackward)  // tasks: tiles of channels
-STAR_KERNEL(long_conv_step, LongConvStep)          // tasks: batch entries
+STAR_KERNEL(long_conv_step, LongConvStep)          // tasks: batch entries x blocks of channels

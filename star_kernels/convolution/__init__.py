@@ -13,6 +13,7 @@ for _name in ("short_conv", "gated_short_conv", "long_conv", "gated_long_conv"):
     dispatch.register(_name, "reference", getattr(reference, _name))
 if dispatch.load_compiled():
     from star_kernels.convolution import compiled as compiled
+dispatch.load_triton("convolution")
 
 
 def short_conv(
@@ -174,6 +175,7 @@ def gated_long_conv(
     return dispatch.choose("gated_long_conv", backend, x)(b, c, x, kernel, skip)
 
 
+@dispatch.compiled_step
 def short_conv_step(
     x: Tensor,
     state: Tensor,
@@ -206,6 +208,7 @@ def short_conv_step(
     return dispatch.step("short_conv_step", backend, check, x, state, weight, bias, activation=activation)
 
 
+@dispatch.compiled_step
 def gated_short_conv_step(
     b: Tensor,
     c: Tensor,
@@ -247,6 +250,7 @@ def _check_step(call: Contract, state: Tensor, weight: Tensor, bias: Tensor | No
     call.tensor("state", state, "B K-1 D")
 
 
+@dispatch.compiled_step
 def long_conv_step(
     x: Tensor,
     history: Tensor,
@@ -280,6 +284,7 @@ def long_conv_step(
     return dispatch.step("long_conv_step", backend, check, x, history, kernel, skip, position=position)
 
 
+@dispatch.compiled_step
 def gated_long_conv_step(
     b: Tensor,
     c: Tensor,

@@ -10,6 +10,11 @@ from torch import Tensor
 from star_kernels import dispatch
 from star_kernels.compiled import call, like, operator, register_autograd, register_fake
 
+_SHORT_CONV_STEP = operator("short_conv_step")
+_GATED_SHORT_CONV_STEP = operator("gated_short_conv_step")
+_LONG_CONV_STEP = operator("long_conv_step")
+_GATED_LONG_CONV_STEP = operator("gated_long_conv_step")
+
 
 def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
     return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -183,7 +188,7 @@ def long_conv_step(
     x: Tensor, history: Tensor, kernel: Tensor, skip: Tensor | None = None, *, position: int
 ) -> Tensor:
     """See :func:`star_kernels.long_conv_step`."""
-    y: Tensor = torch.ops.star_kernels.long_conv_step.default(x, history, kernel, skip, position)
+    y: Tensor = _LONG_CONV_STEP(x, history, kernel, skip, position)
     return y
 
 
@@ -198,7 +203,7 @@ def gated_long_conv_step(
     position: int,
 ) -> Tensor:
     """See :func:`star_kernels.gated_long_conv_step`."""
-    y: Tensor = torch.ops.star_kernels.gated_long_conv_step.default(b, c, x, history, kernel, skip, position)
+    y: Tensor = _GATED_LONG_CONV_STEP(b, c, x, history, kernel, skip, position)
     return y
 
 
@@ -211,7 +216,7 @@ def short_conv_step(
     activation: str | None = None,
 ) -> Tensor:
     """See :func:`star_kernels.short_conv_step`."""
-    y: Tensor = torch.ops.star_kernels.short_conv_step.default(x, state, weight, bias, activation == "silu")
+    y: Tensor = _SHORT_CONV_STEP(x, state, weight, bias, activation == "silu")
     return y
 
 
@@ -219,7 +224,7 @@ def gated_short_conv_step(
     b: Tensor, c: Tensor, x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """See :func:`star_kernels.gated_short_conv_step`."""
-    y: Tensor = torch.ops.star_kernels.gated_short_conv_step.default(b, c, x, state, weight, bias)
+    y: Tensor = _GATED_SHORT_CONV_STEP(b, c, x, state, weight, bias)
     return y
 
 

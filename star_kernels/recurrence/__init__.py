@@ -23,10 +23,6 @@ for _name in (
     "lstm_scan",
 ):
     dispatch.register(_name, "reference", getattr(reference, _name))
-if dispatch.load_compiled():
-    from star_kernels.recurrence import compiled as compiled
-    from star_kernels.recurrence import compiled_cells as compiled_cells
-    from star_kernels.recurrence import compiled_matrix_states as compiled_matrix_states
 
 
 def linear_scan(

@@ -22,6 +22,10 @@ for _name in (
     "lstm_scan_step",
 ):
     dispatch.register(_name, "reference", getattr(reference, _name))
+if dispatch.load_compiled():
+    from star_kernels.recurrence import compiled as compiled
+    from star_kernels.recurrence import compiled_cells as compiled_cells
+    from star_kernels.recurrence import compiled_matrix_states as compiled_matrix_states
 
 
 def _own_state(call: Contract, name: str, value: Tensor, shape: str) -> None:
@@ -32,6 +36,7 @@ def _own_state(call: Contract, name: str, value: Tensor, shape: str) -> None:
         raise TypeError(f"{call.function}: {name} has dtype {value.dtype}; it takes {takes}")
 
 
+@dispatch.compiled_step
 def linear_scan_step(decay: Tensor, x: Tensor, state: Tensor, *, backend: str | None = None) -> Tensor:
     """One token of :func:`star_kernels.linear_scan`; decay, x (B, D), state (B, D) updated in place.
 
@@ -51,6 +56,7 @@ def linear_scan_step(decay: Tensor, x: Tensor, state: Tensor, *, backend: str | 
     return dispatch.step("linear_scan_step", backend, check, decay, x, state)
 
 
+@dispatch.compiled_step
 def selective_scan_step(
     x: Tensor,
     dt: Tensor,
@@ -120,6 +126,7 @@ def _check_matrix_state(
     call.optional_number("scale", scale)
 
 
+@dispatch.compiled_step
 def gated_linear_attention_step(
     q: Tensor,
     k: Tensor,
@@ -153,6 +160,7 @@ def gated_linear_attention_step(
     return dispatch.step("gated_linear_attention_step", backend, check, *arguments, scale=scale)
 
 
+@dispatch.compiled_step
 def gated_delta_rule_step(
     q: Tensor,
     k: Tensor,
@@ -186,6 +194,7 @@ def gated_delta_rule_step(
     return dispatch.step("gated_delta_rule_step", backend, check, *arguments, scale=scale)
 
 
+@dispatch.compiled_step
 def gru_scan_step(
     xz: Tensor,
     xr: Tensor,
@@ -221,6 +230,7 @@ def _check_cell(call: Contract, inputs: dict[str, Tensor], weights: dict[str, Te
         call.parameter(name, value, "D")
 
 
+@dispatch.compiled_step
 def lstm_scan_step(
     xf: Tensor,
     xo: Tensor,

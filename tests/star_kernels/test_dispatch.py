@@ -41,8 +41,7 @@ def test_use_holds_inside_and_is_put_back(asked: list[str]) -> None:
             star_kernels.glu(X, X)
         star_kernels.glu(X, X)
     star_kernels.glu(X, X)
-    star_kernels.linear_scan_step(X[:, 0], X[:, 0], STATE)
-    assert asked == ["reference", "reference", "cpp", "reference", "cpp", "cpp"]
+    assert asked == ["reference", "reference", "cpp", "reference", "cpp"]
 
 
 def test_use_is_put_back_after_an_error(asked: list[str]) -> None:
@@ -63,7 +62,7 @@ def test_a_named_backend_is_kept(asked: list[str]) -> None:
 
 
 def test_what_a_backend_does_not_cover_raises() -> None:
-    with dispatch.use("triton"), pytest.raises(ValueError, match="glu: backend 'triton' is not available"):
+    with dispatch.use("cuda"), pytest.raises(ValueError, match="glu: backend 'cuda' is not available"):
         star_kernels.glu(X, X)
     with pytest.raises(ValueError, match="backend is 'fast'; it takes None or 'cuda'"), dispatch.use("fast"):
         pass
