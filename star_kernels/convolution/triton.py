@@ -400,8 +400,9 @@ def _convolve(
     shared = {
         "x": x, "b": b, "c": c, "weight": weight.mT.contiguous(),
         "bias": None if bias is None else bias.contiguous(), "state": state, "cu_seqlens": cu_seqlens,
-        "length": length, "width": width, **_strides(x=x, b=b, c=c), **_constants(weight, b is not None, silu),
-        "HAS_STATE": state is not None, "HAS_BIAS": bias is not None, "PACKED": cu_seqlens is not None,
+        "length": length, "width": width, **_strides(x=x, b=b, c=c),
+        **_constants(weight, b is not None, silu), "HAS_STATE": state is not None,
+        "HAS_BIAS": bias is not None, "PACKED": cu_seqlens is not None,
     }  # fmt: skip
     FORWARD.launch(
         lambda blocks: (batch * cdiv(length, blocks["TIME"]), cdiv(width, blocks["CHANNELS"])),

@@ -12,6 +12,7 @@ from star_kernels.loss import reference
 dispatch.register("linear_cross_entropy", "reference", reference.linear_cross_entropy)
 if dispatch.load_compiled():
     from star_kernels.loss import compiled as compiled
+dispatch.load_triton("loss")
 
 
 def linear_cross_entropy(

@@ -227,7 +227,7 @@ _ROWS = tuple(
     for together, warps in ((2, 8), (1, 4), (1, 8), (4, 8), (4, 16), (8, 16))
 )
 FORWARD = Kernel("rms_norm_forward", _forward, _ROWS, shape=_width, choose=_rows_in_registers(4096, 512))
-BACKWARD = Kernel("rms_norm_backward", _backward, _ROWS, shape=_width, choose=_rows_in_registers(4096, 512))
+BACKWARD = Kernel("rms_norm_backward", _backward, _ROWS, shape=_width, choose=_rows_in_registers(2048, 256))
 BACKWARD_PIECES = Kernel(
     "rms_norm_backward_pieces",
     _backward_pieces,

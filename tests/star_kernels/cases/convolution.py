@@ -41,11 +41,11 @@ def short(
     return make
 
 
-def both(name: str, *sizes: int, **options: Any) -> list[Case]:
+def both(name: str, *sizes: int, interpreted: bool = True, **options: Any) -> list[Case]:
     """The plain and the gated form of one situation."""
     return [
-        Case("short_conv", name, short(*sizes, gated=False, **options)),
-        Case("gated_short_conv", name, short(*sizes, gated=True, **options)),
+        Case("short_conv", name, short(*sizes, gated=False, **options), interpreted=interpreted),
+        Case("gated_short_conv", name, short(*sizes, gated=True, **options), interpreted=interpreted),
     ]
 
 
@@ -67,16 +67,18 @@ def long(batch: int, length: int, width: int, kernel_length: int, *, gated: bool
 CASES = [
     *both("plain", 2, 37, 19, 3),
     *both("bias-state", 2, 21, 16, 4, bias=True, state=True),
-    *both("five-taps", 1, 9, 33, 5, bias=True, state=True),
-    *both("two-taps", 3, 8, 8, 2, state=True),
+    *both("five-taps", 1, 9, 33, 5, bias=True, state=True, interpreted=False),
+    *both("two-taps", 3, 8, 8, 2, state=True, interpreted=False),
     *both("one-tap", 2, 5, 7, 1, bias=True, state=True),
     *both("shorter-than-taps", 2, 2, 8, 4, state=True),
     *both("one-token", 2, 1, 8, 3, bias=True, state=True),
     *both("no-token", 2, 0, 8, 3, state=True),
     *both("no-batch", 0, 4, 8, 3),
-    *both("packed", 1, 29, 12, 3, packed=(0, 1, 1, 14, 29)),
+    *both("packed", 1, 29, 12, 3, packed=(0, 1, 1, 14, 29), interpreted=False),
     *both("packed-state", 1, 29, 12, 4, bias=True, state=True, packed=(0, 2, 2, 20, 29)),
-    *both("many-chunks", 1, 300, 8, 3, bias=True, state=True),
+    *both("many-chunks", 1, 300, 8, 3, bias=True, state=True, interpreted=False),
+    *both("two-spans", 1, 35, 70, 3, bias=True, state=True),
+    *both("nine-taps", 1, 20, 5, 9, state=True, interpreted=False),
     Case("short_conv", "silu", short(2, 37, 19, 4, gated=False, bias=True, state=True, activation="silu")),
     Case(
         "short_conv",

@@ -25,8 +25,10 @@ def classified(rows: int, width: int, classes: int, ignored: slice | None = None
     return make
 
 
-def case(name: str, make: Any, float32: frozenset[str] = FLOAT32) -> Case:
-    return Case("linear_cross_entropy", name, make, float32=float32, float32_output=True)
+def case(name: str, make: Any, float32: frozenset[str] = FLOAT32, interpreted: bool = True) -> Case:
+    return Case(
+        "linear_cross_entropy", name, make, float32=float32, float32_output=True, interpreted=interpreted
+    )
 
 
 CASES = [
@@ -34,6 +36,7 @@ CASES = [
     case("half-weight", classified(37, 24, 50), float32=frozenset()),
     case("ignored", classified(40, 16, 33, slice(None, None, 3))),
     case("own-ignore-index", classified(40, 16, 33, slice(5, 30), ignore_index=3)),
-    case("several-chunks", classified(301, 8, 9001)),
+    case("several-chunks", classified(301, 8, 9001), interpreted=False),
+    case("several-pieces", classified(70, 9, 700, slice(None, None, 5))),
     case("one-row", classified(1, 8, 12)),
 ]
