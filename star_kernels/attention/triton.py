@@ -45,35 +45,15 @@ from star_kernels.attention.triton_blocks import (
     products,
     put_tile,
     row_source,
-    seen,
     strides,
     tile,
     visibility,
+    visible_pairs,
 )
 from star_kernels.launch import Configuration, Kernel, Operator, cdiv, rows
 
 WIDEST = 256
 _LENGTHS = ("query_count", "key_count", "heads", "group", "behind", "ahead")
-
-
-@triton.jit
-def _attend(
-    y, total, peak, q, k_rows, v_rows, begin, end, lower, upper,
-    key_count, k_row, v_row, inner, slope,
-    MASKED: tl.constexpr, CAPPED: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, OPERAND: tl.constexpr, DESCRIBED: tl.constexpr,
-    KEYS: tl.constexpr,
-):  # fmt: skip
-    """Adds the keys from ``begin`` to ``end`` to the running softmax of a block of queries."""
-    for first in range(begin, end, KEYS):
-        k = tile(k_rows, first, key_count, k_row, MASKED, DIM, KEYS, WIDTH, OPERAND, DESCRIBED)
-        x = products(q, k, inner, CAPPED)
-        key = first + tl.arange(0, KEYS)[None, :]
-        visible = (key >= lower[:, None]) & (key < upper[:, None])
-        weights, factor, total, peak = accumulate(total, peak, x, slope, visible, MASKED)
-        v = tile(v_rows, first, key_count, v_row, MASKED, VALUE_DIM, KEYS, VALUE_WIDTH, OPERAND, DESCRIBED)
-        y = tl.dot(weights.to(OPERAND), v, y * factor[:, None], input_precision="ieee")
-    return y, total, peak
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -92,39 +72,32 @@ def _forward(
     head = pair % heads
     batch = (pair // heads).to(tl.int64)
     key_head = (head // group).to(tl.int64)
-    shift = key_count - query_count
 
     q += batch * q_batch + head.to(tl.int64) * q_head
     k += batch * k_batch + key_head * k_head
     v += batch * v_batch + key_head * v_head
-    q_tile = tile(q, first, query_count, q_row, True, DIM, QUERIES, WIDTH, OPERAND, False)
+    q_tile = tile(q, first, query_count, q_row, DIM, QUERIES, WIDTH, OPERAND, False)
     k_rows = row_source(k, key_count, k_row, DIM, KEYS, WIDTH, DESCRIBED)
     v_rows = row_source(v, key_count, v_row, VALUE_DIM, KEYS, VALUE_WIDTH, DESCRIBED)
 
-    query = tl.minimum(first + tl.arange(0, QUERIES), query_count - 1)
-    lower, upper = seen(query, query_count, key_count, shift, behind, ahead, bounds)
     begin, full, trailing, end = phases(
-        first, query_count, key_count, shift, behind, ahead, bounds, LEADING, QUERIES, KEYS
+        first, query_count, key_count, behind, ahead, bounds, LEADING, QUERIES, KEYS
     )
     sums = tl.zeros([QUERIES, VALUE_WIDTH], tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     peak = tl.full([QUERIES], float("-inf"), tl.float32)
-    if LEADING:
-        sums, total, peak = _attend(
-            sums, total, peak, q_tile, k_rows, v_rows, begin, full, lower, upper,
-            key_count, k_row, v_row, inner, slope,
-            True, CAPPED, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, OPERAND, DESCRIBED, KEYS,
-        )  # fmt: skip
-    sums, total, peak = _attend(
-        sums, total, peak, q_tile, k_rows, v_rows, full, trailing, lower, upper,
-        key_count, k_row, v_row, inner, slope,
-        False, CAPPED, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, OPERAND, DESCRIBED, KEYS,
-    )  # fmt: skip
-    sums, total, peak = _attend(
-        sums, total, peak, q_tile, k_rows, v_rows, trailing, end, lower, upper,
-        key_count, k_row, v_row, inner, slope,
-        True, CAPPED, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, OPERAND, DESCRIBED, KEYS,
-    )  # fmt: skip
+    for start in range(begin, end, KEYS):
+        k_tile = tile(k_rows, start, key_count, k_row, DIM, KEYS, WIDTH, OPERAND, DESCRIBED)
+        x = products(q_tile, k_tile, inner, CAPPED)
+        if (start < full) | (start >= trailing):
+            x = tl.where(
+                visible_pairs(first, start, query_count, key_count, behind, ahead, bounds, QUERIES, KEYS),
+                x,
+                float("-inf"),
+            )
+        weights, factor, total, peak = accumulate(total, peak, x, slope)
+        v_tile = tile(v_rows, start, key_count, v_row, VALUE_DIM, KEYS, VALUE_WIDTH, OPERAND, DESCRIBED)
+        sums = tl.dot(weights.to(OPERAND), v_tile, sums * factor[:, None], input_precision="ieee")
 
     inverse, log_total = finish(total, peak)
     y += (batch * query_count * heads + head) * VALUE_DIM
@@ -133,30 +106,6 @@ def _forward(
     )
     row = first + tl.arange(0, QUERIES)
     tl.store(log_sum + (batch * heads + head) * query_count + row, log_total, row < query_count)
-
-
-@triton.jit
-def _gather_queries(
-    dq, q, dy, log_sum, delta, k_rows, v_rows, begin, end, lower, upper,
-    key_count, k_row, v_row, inner, slope,
-    MASKED: tl.constexpr, CAPPED: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, OPERAND: tl.constexpr, DESCRIBED: tl.constexpr,
-    KEYS: tl.constexpr,
-):  # fmt: skip
-    """Adds to dq / scale of a block of queries what the keys from ``begin`` to ``end`` give."""
-    for first in range(begin, end, KEYS):
-        k = tile(k_rows, first, key_count, k_row, MASKED, DIM, KEYS, WIDTH, OPERAND, DESCRIBED)
-        v = tile(v_rows, first, key_count, v_row, MASKED, VALUE_DIM, KEYS, VALUE_WIDTH, OPERAND, DESCRIBED)
-        x = products(q, k, inner, CAPPED)
-        weights = tl.exp2(x * slope - log_sum[:, None])
-        if MASKED:
-            key = first + tl.arange(0, KEYS)[None, :]
-            weights = tl.where((key >= lower[:, None]) & (key < upper[:, None]), weights, 0.0)
-        ds = weights * (tl.dot(dy, tl.trans(v), input_precision="ieee") - delta[:, None])
-        if CAPPED:
-            ds *= 1.0 - x * x
-        dq = tl.dot(ds.to(OPERAND), k, dq, input_precision="ieee")
-    return dq
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -175,7 +124,6 @@ def _query_gradient(
     head = pair % heads
     batch = (pair // heads).to(tl.int64)
     key_head = (head // group).to(tl.int64)
-    shift = key_count - query_count
 
     q += batch * q_batch + head.to(tl.int64) * q_head
     k += batch * k_batch + key_head * k_head
@@ -183,10 +131,10 @@ def _query_gradient(
     dy += batch * dy_batch + head.to(tl.int64) * dy_head
     y += (batch * query_count * heads + head) * VALUE_DIM
     dq += (batch * query_count * heads + head) * DIM
-    q_tile = tile(q, first, query_count, q_row, True, DIM, QUERIES, WIDTH, OPERAND, False)
-    dy_tile = tile(dy, first, query_count, dy_row, True, VALUE_DIM, QUERIES, VALUE_WIDTH, OPERAND, False)
+    q_tile = tile(q, first, query_count, q_row, DIM, QUERIES, WIDTH, OPERAND, False)
+    dy_tile = tile(dy, first, query_count, dy_row, VALUE_DIM, QUERIES, VALUE_WIDTH, OPERAND, False)
     y_tile = tile(
-        y, first, query_count, heads * VALUE_DIM, True, VALUE_DIM, QUERIES, VALUE_WIDTH, tl.float32, False
+        y, first, query_count, heads * VALUE_DIM, VALUE_DIM, QUERIES, VALUE_WIDTH, tl.float32, False
     )
     row = first + tl.arange(0, QUERIES)
     statistics = (batch * heads + head) * query_count + row
@@ -196,101 +144,60 @@ def _query_gradient(
 
     k_rows = row_source(k, key_count, k_row, DIM, KEYS, WIDTH, DESCRIBED)
     v_rows = row_source(v, key_count, v_row, VALUE_DIM, KEYS, VALUE_WIDTH, DESCRIBED)
-    query = tl.minimum(row, query_count - 1)
-    lower, upper = seen(query, query_count, key_count, shift, behind, ahead, bounds)
     begin, full, trailing, end = phases(
-        first, query_count, key_count, shift, behind, ahead, bounds, LEADING, QUERIES, KEYS
+        first, query_count, key_count, behind, ahead, bounds, LEADING, QUERIES, KEYS
     )
     sums = tl.zeros([QUERIES, WIDTH], tl.float32)
-    if LEADING:
-        sums = _gather_queries(
-            sums, q_tile, dy_tile, log_total, inner_product, k_rows, v_rows, begin, full, lower, upper,
-            key_count, k_row, v_row, inner, slope,
-            True, CAPPED, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, OPERAND, DESCRIBED, KEYS,
-        )  # fmt: skip
-    sums = _gather_queries(
-        sums, q_tile, dy_tile, log_total, inner_product, k_rows, v_rows, full, trailing, lower, upper,
-        key_count, k_row, v_row, inner, slope,
-        False, CAPPED, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, OPERAND, DESCRIBED, KEYS,
-    )  # fmt: skip
-    sums = _gather_queries(
-        sums, q_tile, dy_tile, log_total, inner_product, k_rows, v_rows, trailing, end, lower, upper,
-        key_count, k_row, v_row, inner, slope,
-        True, CAPPED, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, OPERAND, DESCRIBED, KEYS,
-    )  # fmt: skip
+    for start in range(begin, end, KEYS):
+        k_tile = tile(k_rows, start, key_count, k_row, DIM, KEYS, WIDTH, OPERAND, DESCRIBED)
+        v_tile = tile(v_rows, start, key_count, v_row, VALUE_DIM, KEYS, VALUE_WIDTH, OPERAND, DESCRIBED)
+        x = products(q_tile, k_tile, inner, CAPPED)
+        weights = tl.exp2(x * slope - log_total[:, None])
+        if (start < full) | (start >= trailing):
+            weights = tl.where(
+                visible_pairs(first, start, query_count, key_count, behind, ahead, bounds, QUERIES, KEYS),
+                weights,
+                0.0,
+            )
+        dp = tl.dot(dy_tile, tl.trans(v_tile), input_precision="ieee")
+        ds = weights * (dp - inner_product[:, None])
+        if CAPPED:
+            ds *= 1.0 - x * x
+        sums = tl.dot(ds.to(OPERAND), k_tile, sums, input_precision="ieee")
     put_tile(dq, sums * scale, first, query_count, heads * DIM, DIM, QUERIES, WIDTH)
 
 
-@triton.jit
-def _gather_keys(
-    dk, dv, k, v, q_rows, dy_rows, log_sum, delta, begin, end, lower, upper,
-    query_count, q_row, dy_row, inner, slope,
-    MASKED: tl.constexpr, CAPPED: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, OPERAND: tl.constexpr, DESCRIBED: tl.constexpr,
-    QUERIES: tl.constexpr,
-):  # fmt: skip
-    """Adds to dk / scale and dv of a block of keys what the queries from ``begin`` to ``end`` give.
-
-    Scores stand transposed, (keys, queries), as the products that use them take them.
-    """
-    for first in range(begin, end, QUERIES):
-        q = tile(q_rows, first, query_count, q_row, MASKED, DIM, QUERIES, WIDTH, OPERAND, DESCRIBED)
-        query = first + tl.arange(0, QUERIES)
-        inside = query < query_count
-        if MASKED:
-            log_total = tl.load(log_sum + query, inside, other=float("inf"))
-            product = tl.load(delta + query, inside, other=0.0)
-        else:
-            log_total = tl.load(log_sum + query)
-            product = tl.load(delta + query)
-        x = products(k, q, inner, CAPPED)
-        weights = tl.exp2(x * slope - log_total[None, :])
-        if MASKED:
-            visible = (query[None, :] >= lower[:, None]) & (query[None, :] < upper[:, None])
-            weights = tl.where(visible, weights, 0.0)
-        dy = tile(
-            dy_rows, first, query_count, dy_row, MASKED, VALUE_DIM, QUERIES, VALUE_WIDTH, OPERAND, DESCRIBED
-        )
-        dv = tl.dot(weights.to(OPERAND), dy, dv, input_precision="ieee")
-        ds = weights * (tl.dot(v, tl.trans(dy), input_precision="ieee") - product[None, :])
-        if CAPPED:
-            ds *= 1.0 - x * x
-        dk = tl.dot(ds.to(OPERAND), q, dk, input_precision="ieee")
-    return dk, dv
-
-
-@triton.jit(do_not_specialize=(*_LENGTHS, "parts"))
+@triton.jit(do_not_specialize=_LENGTHS)
 def _key_gradients(
     q, k, v, dy, log_sum, delta, dk, dv, bounds,
-    query_count, key_count, heads, group, parts, behind, ahead, inner, slope, scale,
+    query_count, key_count, heads, group, behind, ahead, inner, slope, scale,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, dy_batch, dy_row, dy_head,
+    SUMMED: tl.constexpr,
     CAPPED: tl.constexpr, LEADING: tl.constexpr, ALIGNED: tl.constexpr, OPERAND: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv (B, Lk, parts, D): of one block of keys, summed over heads / parts query heads."""
+    """dk and dv (B, Lk, heads / SUMMED, D): of one block of keys, summed over SUMMED query heads."""
     DESCRIBED: tl.constexpr = ALIGNED and LOADS == 2
     blocks = tl.cdiv(key_count, KEYS)
     first = (tl.program_id(0) % blocks) * KEYS  # under causal order the first keys are seen most
     pair = tl.program_id(0) // blocks
+    parts = heads // SUMMED
     part = pair % parts
     batch = (pair // parts).to(tl.int64)
-    summed = heads // parts
-    key_head = (part * summed // group).to(tl.int64)
-    shift = query_count - key_count
+    key_head = (part * SUMMED // group).to(tl.int64)
 
     k += batch * k_batch + key_head * k_head
     v += batch * v_batch + key_head * v_head
-    k_tile = tile(k, first, key_count, k_row, True, DIM, KEYS, WIDTH, OPERAND, False)
-    v_tile = tile(v, first, key_count, v_row, True, VALUE_DIM, KEYS, VALUE_WIDTH, OPERAND, False)
-    key = tl.minimum(first + tl.arange(0, KEYS), key_count - 1)
-    lower, upper = seen(key, key_count, query_count, shift, ahead, behind, bounds)
+    k_tile = tile(k, first, key_count, k_row, DIM, KEYS, WIDTH, OPERAND, False)
+    v_tile = tile(v, first, key_count, v_row, VALUE_DIM, KEYS, VALUE_WIDTH, OPERAND, False)
     begin, full, trailing, end = phases(
-        first, key_count, query_count, shift, ahead, behind, bounds, LEADING, KEYS, QUERIES
+        first, key_count, query_count, ahead, behind, bounds, LEADING, KEYS, QUERIES
     )
     dk_sums = tl.zeros([KEYS, WIDTH], tl.float32)
     dv_sums = tl.zeros([KEYS, VALUE_WIDTH], tl.float32)
-    for head in range(part * summed, (part + 1) * summed):
+    for number in range(SUMMED):
+        head = part * SUMMED + number
         line = batch * heads + head
         q_rows = row_source(
             q + batch * q_batch + tl.cast(q_head, tl.int64) * head,
@@ -302,22 +209,30 @@ def _key_gradients(
         )  # fmt: skip
         log_sums = log_sum + line * query_count
         deltas = delta + line * query_count
-        if LEADING:
-            dk_sums, dv_sums = _gather_keys(
-                dk_sums, dv_sums, k_tile, v_tile, q_rows, dy_rows, log_sums, deltas, begin, full,
-                lower, upper, query_count, q_row, dy_row, inner, slope,
-                True, CAPPED, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, OPERAND, DESCRIBED, QUERIES,
-            )  # fmt: skip
-        dk_sums, dv_sums = _gather_keys(
-            dk_sums, dv_sums, k_tile, v_tile, q_rows, dy_rows, log_sums, deltas, full, trailing,
-            lower, upper, query_count, q_row, dy_row, inner, slope,
-            False, CAPPED, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, OPERAND, DESCRIBED, QUERIES,
-        )  # fmt: skip
-        dk_sums, dv_sums = _gather_keys(
-            dk_sums, dv_sums, k_tile, v_tile, q_rows, dy_rows, log_sums, deltas, trailing, end,
-            lower, upper, query_count, q_row, dy_row, inner, slope,
-            True, CAPPED, DIM, VALUE_DIM, WIDTH, VALUE_WIDTH, OPERAND, DESCRIBED, QUERIES,
-        )  # fmt: skip
+        for start in range(begin, end, QUERIES):
+            q_tile = tile(q_rows, start, query_count, q_row, DIM, QUERIES, WIDTH, OPERAND, DESCRIBED)
+            query = start + tl.arange(0, QUERIES)
+            log_total = tl.load(log_sums + query, query < query_count, other=float("inf"))
+            inner_product = tl.load(deltas + query, query < query_count, other=0.0)
+            # Scores stand transposed, (keys, queries), as the products that use them take them.
+            x = products(k_tile, q_tile, inner, CAPPED)
+            weights = tl.exp2(x * slope - log_total[None, :])
+            if (start < full) | (start >= trailing):
+                weights = tl.where(
+                    visible_pairs(first, start, key_count, query_count, ahead, behind, bounds, KEYS, QUERIES),
+                    weights,
+                    0.0,
+                )
+            dy_tile = tile(
+                dy_rows, start, query_count, dy_row, VALUE_DIM, QUERIES, VALUE_WIDTH, OPERAND, DESCRIBED
+            )
+            dv_sums = tl.dot(weights.to(OPERAND), dy_tile, dv_sums, input_precision="ieee")
+            ds = weights * (
+                tl.dot(v_tile, tl.trans(dy_tile), input_precision="ieee") - inner_product[None, :]
+            )
+            if CAPPED:
+                ds *= 1.0 - x * x
+            dk_sums = tl.dot(ds.to(OPERAND), q_tile, dk_sums, input_precision="ieee")
     place = batch * key_count * parts + part
     put_tile(dk + place * DIM, dk_sums * scale, first, key_count, parts * DIM, DIM, KEYS, WIDTH)
     put_tile(
@@ -511,7 +426,8 @@ def _attention_backward(
     )  # fmt: skip
     KEY_GRADIENTS.launch(
         key_grid(batch, parts, keys),
-        **settings, dk=dk, dv=dv, parts=parts, LEADING=limited or causal, ALIGNED=described(directed, dy),
+        **settings, dk=dk, dv=dv, SUMMED=heads // parts,
+        LEADING=limited or causal, ALIGNED=described(directed, dy),
     )  # fmt: skip
     return dq if sign == 1.0 else dq * sign, summed(dk, key_heads, k), summed(dv, key_heads, v)
 

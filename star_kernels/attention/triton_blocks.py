@@ -2,13 +2,15 @@
 
 A query at position p sees the keys from p - behind to p + ahead, cut to the keys there are or, packed, to
 its own sequence. So each query sees one interval of keys, both ends of which rise with the query; and each
-key is seen by one interval of queries, with behind and ahead exchanged. Every kernel here walks over the
-blocks of the other side in three phases, which these intervals give:
+key is seen by one interval of queries, with behind and ahead exchanged. Causal order, windows, packed
+sequences and unequal lengths are ways to set that interval, and no kernel knows them apart. A block of tokens
+walks over the blocks of the other side in three phases:
 
-    |  some tokens see  |  all tokens of the block see all  |  some tokens see  |
+    begin                 full                             trailing              end
+      |  some tokens see   |  all tokens see all of a block   |  some tokens see  |
 
-The middle one needs no mask, and nothing outside the three is read. Causal order, windows, packed sequences
-and unequal lengths are four ways to set the interval, and no kernel knows them apart.
+Nothing outside them is read, and in the middle one no mask is computed. The three are one loop with a branch,
+so that the pipeline of loads runs through them without a stop.
 """
 
 from __future__ import annotations
@@ -31,11 +33,12 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def seen(index, count, other_count, shift, behind, ahead, bounds):
+def seen(index, count, other_count, behind, ahead, bounds):
     """The interval [lower, upper) that a token sees of the other side; empty where upper <= lower.
 
     ``bounds`` (2, count) holds where the token's sequence begins and ends, or is None.
     """
+    shift = other_count - count
     if bounds is None:
         first = 0
         last = other_count
@@ -49,16 +52,16 @@ def seen(index, count, other_count, shift, behind, ahead, bounds):
 
 @triton.jit
 def phases(
-    first, count, other_count, shift, behind, ahead, bounds,
+    first, count, other_count, behind, ahead, bounds,
     LEADING: tl.constexpr, BLOCK: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
     """Where the three phases of the tokens from ``first`` begin, and where the last one ends.
 
     Without LEADING, the lower ends of all intervals are 0, and the first phase is empty.
     """
-    lower, full_upper = seen(first, count, other_count, shift, behind, ahead, bounds)
+    lower, full_upper = seen(first, count, other_count, behind, ahead, bounds)
     last = tl.minimum(first + BLOCK, count) - 1
-    full_lower, upper = seen(last, count, other_count, shift, behind, ahead, bounds)
+    full_lower, upper = seen(last, count, other_count, behind, ahead, bounds)
     if LEADING:
         begin = lower // OTHER * OTHER
         # Not behind the end: tokens may have no key in common.
@@ -68,6 +71,19 @@ def phases(
         full = 0
     trailing = tl.maximum(full_upper // OTHER * OTHER, full)
     return begin, full, trailing, upper
+
+
+@triton.jit
+def visible_pairs(
+    first, first_other, count, other_count, behind, ahead, bounds,
+    BLOCK: tl.constexpr, OTHER: tl.constexpr,
+):  # fmt: skip
+    """The mask (BLOCK, OTHER): which of the other side's tokens from ``first_other`` are seen by those from
+    ``first``."""
+    token = tl.minimum(first + tl.arange(0, BLOCK), count - 1)
+    lower, upper = seen(token, count, other_count, behind, ahead, bounds)
+    other = first_other + tl.arange(0, OTHER)[None, :]
+    return (other >= lower[:, None]) & (other < upper[:, None])
 
 
 @triton.jit
@@ -85,23 +101,18 @@ def row_source(
 @triton.jit
 def tile(
     source, first, count, stride,
-    CHECKED: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     OPERAND: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """The rows from ``first``, (ROWS, WIDTH), zeros behind DIM; CHECKED: and from row ``count`` on."""
+    """The rows from ``first``, (ROWS, WIDTH); zeros from row ``count`` and column DIM on."""
     if DESCRIBED:
         return source.load([first, 0]).to(OPERAND)
     else:
         row = tl.arange(0, ROWS)[:, None]
         column = tl.arange(0, WIDTH)[None, :]
         places = source + tl.cast(stride, tl.int64) * first + (row * stride + column)
-        if CHECKED:
-            inside = (row + first < count) & (column < DIM)
-            return tl.load(places, inside, other=0.0).to(OPERAND)
-        elif DIM < WIDTH:
-            return tl.load(places, column < DIM, other=0.0).to(OPERAND)
-        else:
-            return tl.load(places).to(OPERAND)
+        inside = (row + first < count) & (column < DIM)
+        return tl.load(places, inside, other=0.0).to(OPERAND)
 
 
 @triton.jit
@@ -129,14 +140,12 @@ def products(a, b, inner, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def accumulate(total, peak, x, slope, visible, MASKED: tl.constexpr):
+def accumulate(total, peak, x, slope):
     """One step of the running softmax in powers of two: the weights of a block of raw scores, the factor for
-    what was summed before, and the new sum and peak (of slope · x; slope > 0)."""
-    if MASKED:
-        x = tl.where(visible, x, float("-inf"))
+    what was summed before, and the new sum and peak (of slope · x; slope > 0). Masked scores are -inf."""
     new = tl.maximum(peak, tl.max(x, 1) * slope)
     # A row that has seen no key yet stays at -inf, of which no difference may be taken.
-    base = tl.where(new == float("-inf"), 0.0, new) if MASKED else new
+    base = tl.where(new == float("-inf"), 0.0, new)
     weights = tl.exp2(x * slope - base[:, None])
     factor = tl.exp2(peak - base)
     return weights, factor, total * factor + tl.sum(weights, 1), new
