@@ -13,9 +13,10 @@ Backward, dS⁺ being the gradient of the state after a chunk and dY carrying th
     dQ = dA through A + decay (dY Sᵀ),   dK = dAᵀ through A + decay (V dS⁺ᵀ)
 
 The states are computed again, their gradients by the same pass in reverse, and everything else in one pass
-over all chunks. A log-decay g_r counts in every pair s < r <= t. Of the pairs that a query or a key forms with
-a state, the sums over t >= r and s < r are running sums within a chunk; the pairs of a chunk with itself are
-row sums minus column sums of dA ⊙ A; and from the state before to the state after, it is decay ⟨S, dS⁺⟩.
+over all chunks. A log-decay g_r counts in every pair s < r <= t. Of the pairs that a query or a key forms
+with a state, the sums over t >= r and s < r are running sums within a chunk; the pairs of a chunk with itself
+are row sums minus column sums of dA ⊙ A; and from the state before to the one after it is decay ⟨S, dS⁺⟩.
+Nothing is summed beyond its chunk, where large terms would have to cancel.
 
 With a decay a key dimension, the decays are applied in passes of their own, before (`_prepare`) and after
 (`_key_gradients`), to one block of key dimensions at a time; the passes between find A, Q' and K' ready.
@@ -38,13 +39,17 @@ from star_kernels.recurrence.triton_matrix_states import (
     WIDEST_KEY,
     Chunks,
     chunk_size,
+    contiguous,
     cut,
     decay_between,
     decay_from_start,
     decay_of_level,
+    decay_rows,
     decay_until_end,
+    handed_on,
     key_block,
     kind_of,
+    label,
     load_tile,
     load_vector,
     pairs_of_level,
@@ -69,6 +74,8 @@ def _prepare(
     """A, Q', K' and the decay of a whole chunk, of a chunk with a decay a key dimension."""
     chunk, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, first, rows = place(chunk, count, length, sequence_of, first_of, offsets, C)
+    if rows == 0:
+        return
     batch, first = batch.to(tl.int64), first.to(tl.int64)
     q += batch * q_b + first * q_l + head // group * q_h
     k += batch * k_b + first * k_l + head // group * k_h
@@ -82,15 +89,16 @@ def _prepare(
         total = load_tile(log_decay, g_l, rows, keys, C, KEYS, block)
         a += tl.where(row == column, tl.sum(tile_q * tile_k, 1)[:, None], 0.0)
         from_start, until_end = total, tl.zeros((C, KEYS), tl.float32)
-        for level in tl.static_range(LEVELS):
-            decay = decay_of_level(from_start, until_end, 1 << level, C)
+        for level in range(0, LEVELS):
+            size = 1 << level
+            decay = decay_of_level(from_start, until_end, size, C)
             product_a = product(tile_q * decay, tl.trans(tile_k * decay), OPERAND)
-            a += tl.where(pairs_of_level(1 << level, C), product_a, 0.0)
-            from_start, until_end, total = widen(from_start, until_end, total, 1 << level, C, KEYS)
+            a += tl.where(pairs_of_level(size, C), product_a, 0.0)
+            from_start, until_end, total = widen(from_start, until_end, total, size, C, KEYS)
         store_tile(queries + slot * C * keys, keys, tile_q * tl.exp(from_start), C, keys, C, KEYS, block)
         store_tile(ends + slot * C * keys, keys, tile_k * tl.exp(until_end), C, keys, C, KEYS, block)
         key = block + tl.arange(0, KEYS)
-        tl.store(whole + slot * keys + key, tl.exp(tl.sum(total, 0)), key < keys)
+        tl.store(whole + slot * keys + key, tl.exp(tl.max(total, 0)), key < keys)
     store_tile(pairs + slot * C * C, C, a, C, C, C, C)
 
 
@@ -108,6 +116,8 @@ def _outputs(
     chunk, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks * VALUES
     head = tl.program_id(1).to(tl.int64)
     batch, first, rows = place(chunk, count, length, sequence_of, first_of, offsets, C)
+    if rows == 0:
+        return
     batch, first = batch.to(tl.int64), first.to(tl.int64)
     slot = chunk * heads + head
     if DECAY == "key":
@@ -145,6 +155,8 @@ def _gradients(
     """
     chunk, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, first, rows = place(chunk, count, length, sequence_of, first_of, offsets, C)
+    if rows == 0:
+        return
     batch, first = batch.to(tl.int64), first.to(tl.int64)
     dy += batch * dy_b + first * dy_l + head * dy_h
     v += batch * v_b + first * v_l + head * v_h
@@ -223,6 +235,8 @@ def _key_gradients(
     chunk, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks * KEYS
     head = tl.program_id(1).to(tl.int64)
     batch, first, rows = place(chunk, count, length, sequence_of, first_of, offsets, C)
+    if rows == 0:
+        return
     batch, first = batch.to(tl.int64), first.to(tl.int64)
     slot = chunk * heads + head
     token = (batch * length + first) * heads + head
@@ -232,37 +246,33 @@ def _key_gradients(
     tile_k = load_tile(k_at, k_l, rows, keys, C, KEYS, block)
     g_at = log_decay + batch * g_b + first * g_l + head * g_h
     total = load_tile(g_at, g_l, rows, keys, C, KEYS, block)
-    da = load_tile(dpairs + slot * C * C, C, C, C, C, C)
+    row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    dpairs += slot * C * C
     tile_dq = tl.zeros((C, KEYS), tl.float32)
     tile_dk = tl.zeros((C, KEYS), tl.float32)
     from_start, until_end = total, tl.zeros((C, KEYS), tl.float32)
-    for level in tl.static_range(LEVELS):
-        decay = decay_of_level(from_start, until_end, 1 << level, C)
-        da_level = tl.where(pairs_of_level(1 << level, C), da, 0.0)
-        tile_dq += product(da_level, tile_k * decay, OPERAND) * decay
-        tile_dk += product(tl.trans(da_level), tile_q * decay, OPERAND) * decay
-        from_start, until_end, total = widen(from_start, until_end, total, 1 << level, C, KEYS)
+    for level in range(0, LEVELS):
+        size = 1 << level
+        decay = decay_of_level(from_start, until_end, size, C)
+        # Loaded level by level, out of the cache, rather than held in registers.
+        da = tl.load(dpairs + row * C + column, pairs_of_level(size, C), other=0.0)
+        tile_dq += product(da, tile_k * decay, OPERAND) * decay
+        tile_dk += product(tl.trans(da), tile_q * decay, OPERAND) * decay
+        from_start, until_end, total = widen(from_start, until_end, total, size, C, KEYS)
     rising = tile_q * tile_dq - tile_k * tile_dk
     from_state = load_tile(from_states + slot * C * keys, keys, C, keys, C, KEYS, block) * tl.exp(from_start)
     rising += tile_q * from_state
     to_state = load_tile(to_states + slot * C * keys, keys, C, keys, C, KEYS, block) * tl.exp(until_end)
     falling = tile_k * to_state
     key = block + tl.arange(0, KEYS)
-    through = tl.load(dwhole + slot * keys + key, key < keys, other=0.0) * tl.exp(tl.sum(total, 0))
+    through = tl.load(dwhole + slot * keys + key, key < keys, other=0.0) * tl.exp(tl.max(total, 0))
     slope = tl.cumsum(rising, 0, reverse=True) + tl.cumsum(falling, 0) - falling + through[None, :]
     store_tile(dg + token * keys, heads * keys, slope, rows, keys, C, KEYS, block)
-    row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    diagonal = tl.sum(tl.where(row == column, da, 0.0), 1)[:, None]
+    diagonal = tl.load(dpairs + tl.arange(0, C) * (C + 1))[:, None]
     tile_dq += from_state + diagonal * tile_k
     tile_dk += to_state + diagonal * tile_q
     store_tile(dq + token * keys, heads * keys, tile_dq, rows, keys, C, KEYS, block)
     store_tile(dk + token * keys, heads * keys, tile_dk, rows, keys, C, KEYS, block)
-
-
-def _label(arguments: dict[str, Any]) -> str:
-    values = f",values={arguments['values']}" if "values" in arguments else ""
-    decay = f",decay={arguments['DECAY']}" if "DECAY" in arguments else ""
-    return f"keys={arguments['keys']}{values}{decay}"
 
 
 PREPARE = Kernel(
@@ -274,7 +284,7 @@ PREPARE = Kernel(
         Configuration({"KEYS": 64}, num_warps=8, num_stages=1),
         Configuration({"KEYS": 32}, num_warps=2, num_stages=1),
     ),
-    shape=_label,
+    shape=label,
 )
 OUTPUTS = Kernel(
     "gated_linear_attention_outputs",
@@ -285,7 +295,7 @@ OUTPUTS = Kernel(
         Configuration({"VALUES": 128}, num_warps=8, num_stages=1),
         Configuration({"VALUES": 64}, num_warps=8, num_stages=1),
     ),
-    shape=_label,
+    shape=label,
 )
 GRADIENTS = Kernel(
     "gated_linear_attention_gradients",
@@ -297,18 +307,18 @@ GRADIENTS = Kernel(
         Configuration({"VALUES": 64}, num_warps=4, num_stages=1),
         Configuration({"VALUES": 32}, num_warps=8, num_stages=2),
     ),
-    shape=_label,
+    shape=label,
 )
 KEY_GRADIENTS = Kernel(
     "gated_linear_attention_key_gradients",
     _key_gradients,
     (
+        Configuration({"KEYS": 32}, num_warps=8, num_stages=1),
+        Configuration({"KEYS": 16}, num_warps=4, num_stages=1),
         Configuration({"KEYS": 32}, num_warps=4, num_stages=1),
         Configuration({"KEYS": 64}, num_warps=8, num_stages=1),
-        Configuration({"KEYS": 32}, num_warps=2, num_stages=1),
-        Configuration({"KEYS": 16}, num_warps=2, num_stages=1),
     ),
-    shape=_label,
+    shape=label,
 )
 
 
@@ -319,8 +329,9 @@ def _prepared(
     if log_decay is None or log_decay.dim() == 3:
         return None, None, None, None
     heads, keys = v.shape[2], k.shape[3]
-    pairs = v.new_empty(chunks.total, heads, chunks.size, chunks.size)
-    queries, ends = (v.new_empty(chunks.total, heads, chunks.size, keys) for _ in range(2))
+    shape, dtype = (chunks.total, heads, chunks.size), handed_on(v.dtype)
+    pairs = v.new_empty(*shape, chunks.size, dtype=dtype)
+    queries, ends = (v.new_empty(*shape, keys, dtype=dtype) for _ in range(2))
     whole = torch.empty(chunks.total, heads, keys, dtype=torch.float32, device=v.device)
     PREPARE.launch(
         lambda blocks: (chunks.total, heads),
@@ -342,14 +353,14 @@ def _attention(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    q, k, v, log_decay = rows(q), rows(k), rows(v), _decay_rows(log_decay)
+    q, k, v, log_decay = rows(q), rows(k), rows(v), decay_rows(log_decay)
     heads, keys, values = v.shape[2], k.shape[3], v.shape[3]
     chunks = cut(v, cu_seqlens, chunk_size(k))
     operand, group = operand_type(v.dtype), heads // q.shape[2]
     pairs, queries, ends, whole = _prepared(chunks, q, k, v, log_decay)
     states, final = pass_states(
         chunks, k if ends is None else ends, v, group=group, log_decay=log_decay, whole=whole,
-        initial=_contiguous(initial_state), operand=operand,
+        initial=contiguous(initial_state), operand=operand,
     )  # fmt: skip
     OUTPUTS.launch(
         lambda blocks: (chunks.total * cdiv(values, blocks["VALUES"]), heads),
@@ -373,31 +384,29 @@ def _attention_backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     key_heads, dtype = q.shape[2], q.dtype
-    dy, q, k, v, log_decay = rows(dy), rows(q), rows(k), rows(v), _decay_rows(log_decay)
+    dy, q, k, v, log_decay = rows(dy), rows(q), rows(k), rows(v), decay_rows(log_decay)
     (batch, length, heads, values), keys = v.shape, k.shape[3]
     chunks = cut(v, cu_seqlens, chunk_size(k))
     operand, group, decay = operand_type(v.dtype), heads // key_heads, kind_of(log_decay)
     pairs, queries, ends, whole = _prepared(chunks, q, k, v, log_decay)
     states, _ = pass_states(
         chunks, k if ends is None else ends, v, group=group, log_decay=log_decay, whole=whole,
-        initial=_contiguous(initial_state), operand=operand,
+        initial=contiguous(initial_state), operand=operand,
     )  # fmt: skip
     dstates, dinitial = pass_states(
         chunks, q if queries is None else queries, dy, group=group, log_decay=log_decay, whole=whole,
-        initial=_contiguous(dfinal_state), scale=scale, reverse=True, operand=operand,
+        initial=contiguous(dfinal_state), scale=scale, reverse=True, operand=operand,
     )  # fmt: skip
     # Heads that share keys are summed afterwards, in float32.
     wide = dtype if group == 1 else torch.float32
     dq, dk = (torch.empty(batch, length, heads, keys, dtype=wide, device=v.device) for _ in range(2))
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    dg = torch.empty(
-        (0,) if log_decay is None else log_decay.shape, dtype=torch.float32, device=v.device
-    )
+    dg = torch.empty((0,) if log_decay is None else log_decay.shape, dtype=torch.float32, device=v.device)
     dpairs = dwhole = from_states = to_states = None
     if decay == "key":
         shape = (chunks.total, heads, chunks.size, chunks.size)
         dpairs = torch.empty(shape, dtype=torch.float32, device=v.device)
-        from_states, to_states = (v.new_empty(chunks.total, heads, chunks.size, keys) for _ in range(2))
+        from_states, to_states = (dpairs.new_empty(*shape[:3], keys) for _ in range(2))
         dwhole = torch.empty(chunks.total, heads, keys, dtype=torch.float32, device=v.device)
     GRADIENTS.launch(
         lambda blocks: (chunks.total, heads),
@@ -420,15 +429,6 @@ def _attention_backward(
     if initial_state is None:
         dinitial = v.new_empty(0)
     return sum_group(dq, key_heads, dtype), sum_group(dk, key_heads, dtype), dv, dg, dinitial
-
-
-def _decay_rows(log_decay: Tensor | None) -> Tensor | None:
-    """Kernels take decays of heads with any strides."""
-    return log_decay if log_decay is None or log_decay.dim() == 3 else rows(log_decay)
-
-
-def _contiguous(state: Tensor | None) -> Tensor | None:
-    return None if state is None else state.contiguous()
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

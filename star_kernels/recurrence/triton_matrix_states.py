@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from star_kernels.launch import Configuration, Kernel, cdiv, chunks_of
+from star_kernels.launch import INTERPRETED, Configuration, Kernel, cdiv, chunks_of, rows
 
 WIDEST_KEY = 256
 """Key dimensions that fit a program; calls with more go to the reference."""
@@ -46,7 +46,7 @@ def place(chunk, count, length, sequence_of, first_of, offsets, C: tl.constexpr)
         sequence = tl.load(sequence_of + chunk)
         first = tl.load(first_of + chunk)
         end = tl.load(offsets + tl.maximum(sequence, 0) + 1)
-        # Tables are longer than the chunks that there are: the rest has no token.
+        # Tables are longer than the chunks that there are: the rest has no token, and nothing to do.
         return chunk * 0, first, tl.where(sequence < 0, 0, tl.minimum(end - first, C))
 
 
@@ -65,21 +65,21 @@ def load_tile(pointer, stride, rows, columns, C: tl.constexpr, D: tl.constexpr, 
     """(C, D) in float32, zeros behind ``rows`` and ``columns``."""
     row, column = tl.arange(0, C)[:, None], first_column + tl.arange(0, D)[None, :]
     inside = (row < rows) & (column < columns)
-    return tl.load(pointer + row.to(tl.int64) * stride + column, inside, other=0.0).to(tl.float32)
+    return tl.load(pointer + row * stride + column, inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_tile(pointer, stride, tile, rows, columns, C: tl.constexpr, D: tl.constexpr, first_column=0):
     row, column = tl.arange(0, C)[:, None], first_column + tl.arange(0, D)[None, :]
     inside = (row < rows) & (column < columns)
-    tl.store(pointer + row.to(tl.int64) * stride + column, tile, inside)
+    tl.store(pointer + row * stride + column, tile, inside)
 
 
 @triton.jit
 def load_vector(pointer, stride, rows, C: tl.constexpr, shift: tl.constexpr = 0):
     """(C,) in float32: tokens shift, shift + 1, ...; zeros behind ``rows``."""
     row = tl.arange(0, C) + shift
-    return tl.load(pointer + row.to(tl.int64) * stride, row < rows, other=0.0).to(tl.float32)
+    return tl.load(pointer + row * stride, row < rows, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def product(a, b, OPERAND: tl.constexpr):
 
 @triton.jit
 def decay_between(after, C: tl.constexpr):
-    """(C, C): exp of the sum over s+1..t for s <= t, and 0 above; after (C,) is the log-decay of token s+1."""
+    """(C, C): exp of the sum over s+1..t for s <= t, and 0 above; after (C,) are the tokens s+1."""
     row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     spread = tl.where(column < row, tl.broadcast_to(after[None, :], (C, C)), 0.0)
     return tl.where(column <= row, tl.exp(tl.cumsum(spread, 1, reverse=True)), 0.0)
@@ -114,37 +114,30 @@ def decay_until_end(pointer, stride, rows, C: tl.constexpr):
 
 
 @triton.jit
-def widen(from_start, until_end, total, SIZE: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
-    """Sums over blocks of SIZE tokens become sums over blocks of twice as many.
+def widen(from_start, until_end, total, size, C: tl.constexpr, D: tl.constexpr):
+    """Sums over blocks of ``size`` tokens become sums over blocks of twice as many; all are (C, D).
 
-    from_start (C, D): over the tokens of the own block up to t. until_end (C, D): over those behind s.
-    total (C / SIZE, D): over whole blocks.
+    from_start: over the tokens of the own block up to t. until_end: over those behind s. total: over all.
     """
-    second = tl.arange(0, 2)[None, :, None] == 1
-    halves = tl.reshape(total, (C // (2 * SIZE), 2, D))
-    of_first = tl.sum(tl.where(second, 0.0, halves), 1)
-    of_second = tl.sum(tl.where(second, halves, 0.0), 1)
-    behind = tl.arange(0, 2)[None, :, None, None] == 1
-    from_start = tl.reshape(from_start, (C // (2 * SIZE), 2, SIZE, D))
-    from_start += tl.where(behind, of_first[:, None, None, :], 0.0)
-    until_end = tl.reshape(until_end, (C // (2 * SIZE), 2, SIZE, D))
-    until_end += tl.where(behind, 0.0, of_second[:, None, None, :])
-    return tl.reshape(from_start, (C, D)), tl.reshape(until_end, (C, D)), of_first + of_second
+    row = tl.broadcast_to(tl.arange(0, C)[:, None], (C, D))
+    of_other_half = tl.gather(total, row ^ size, 0)
+    second = (row & size) != 0
+    from_start += tl.where(second, of_other_half, 0.0)
+    until_end += tl.where(second, 0.0, of_other_half)
+    return from_start, until_end, total + of_other_half
 
 
 @triton.jit
-def decay_of_level(from_start, until_end, SIZE: tl.constexpr, C: tl.constexpr):
+def decay_of_level(from_start, until_end, size, C: tl.constexpr):
     """(C, D): of queries in second halves from the half's start, of keys in first halves until its end."""
-    second = (tl.arange(0, C)[:, None] % (2 * SIZE)) >= SIZE
-    return tl.exp(tl.where(second, from_start, until_end))
+    return tl.exp(tl.where((tl.arange(0, C)[:, None] & size) != 0, from_start, until_end))
 
 
 @triton.jit
-def pairs_of_level(SIZE: tl.constexpr, C: tl.constexpr):
-    """(C, C): whether t and s lie in the second and the first half of one block of 2 SIZE tokens."""
+def pairs_of_level(size, C: tl.constexpr):
+    """(C, C): whether t and s lie in the second and the first half of one block of 2 size tokens."""
     row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    halves = ((row % (2 * SIZE)) >= SIZE) & ((column % (2 * SIZE)) < SIZE)
-    return (row // (2 * SIZE) == column // (2 * SIZE)) & halves
+    return (row // size == column // size + 1) & ((row & size) != 0)
 
 
 # State passing
@@ -186,7 +179,9 @@ def _states(
         tl.store(states + slot * keys * values + cell, state, inside)
         batch, first, rows = place(chunk, count, length, sequence_of, first_of, offsets, C)
         batch, first = batch.to(tl.int64), first.to(tl.int64)
-        tile_b = load_tile(b + batch * b_b + first * b_l + head * b_h, b_l, rows, values, C, VALUES, first_value)
+        tile_b = load_tile(
+            b + batch * b_b + first * b_l + head * b_h, b_l, rows, values, C, VALUES, first_value
+        )
         if DECAY == "key":
             tile_a = load_tile(a + slot * C * keys, keys, C, keys, C, KEYS, first_key)
             state *= tl.load(whole + slot * keys + key, key < keys, other=0.0)[:, None]
@@ -203,8 +198,11 @@ def _states(
         tl.store(final + one + cell, state, inside)
 
 
-def _state_label(arguments: dict[str, Any]) -> str:
-    return f"keys={arguments['keys']},values={arguments['values']}"
+def label(arguments: dict[str, Any]) -> str:
+    """Which launches a tuned table tells apart."""
+    values = f",values={arguments['values']}" if "values" in arguments else ""
+    decay = f",decay={arguments['DECAY']}" if "DECAY" in arguments else ""
+    return f"keys={arguments['keys']}{values}{decay}"
 
 
 STATES = Kernel(
@@ -217,7 +215,7 @@ STATES = Kernel(
         Configuration({"KEYS": 64, "VALUES": 32}, num_warps=4, num_stages=3),
         Configuration({"KEYS": 128, "VALUES": 64}, num_warps=8, num_stages=2),
     ),
-    shape=_state_label,
+    shape=label,
 )
 
 
@@ -240,29 +238,39 @@ class Chunks:
 
 def chunk_size(k: Tensor) -> int:
     """Tokens a chunk: what leaves room for a program's tiles in registers and shared memory."""
-    return 64 if k.element_size() == 2 and k.shape[-1] <= 128 else 32
+    fits = 8192 if k.element_size() == 2 else 2048
+    return max(16, min(64, fits // key_block(k)))
 
 
 def cut(v: Tensor, cu_seqlens: Tensor | None, size: int) -> Chunks:
     """Cuts v (B, L, H, Dv) into chunks of ``size`` tokens."""
     batch, length = v.shape[:2]
-    count = cdiv(length, size)
-    if cu_seqlens is None:
-        of_chunks = {"count": count, "length": length, "offsets": None, "sequence_of": None, "first_of": None}
-        return Chunks(size, batch * count, batch, of_chunks, {**of_chunks, "starts": None})
-    sequences = cu_seqlens.shape[0] - 1
-    if sequences == 0 or length == 0:
-        sequence_of = first_of = cu_seqlens.new_zeros(0)
-        starts = cu_seqlens.new_zeros(sequences)
-    else:
-        sequence_of, first_of = chunks_of(cu_seqlens, length, size)
+    sequence_of: Tensor | None = None
+    first_of: Tensor | None = None
+    starts: Tensor | None = None
+    sequences, total = batch, batch * cdiv(length, size)
+    if cu_seqlens is not None:
+        sequences = cu_seqlens.shape[0] - 1
+        if sequences == 0 or length == 0:
+            sequence_of = first_of = cu_seqlens.new_zeros(0)
+        else:
+            sequence_of, first_of = chunks_of(cu_seqlens, length, size)
         of_each = (cu_seqlens[1:] - cu_seqlens[:-1] + size - 1) // size
         starts = (of_each.cumsum(0) - of_each).int()
+        total = sequence_of.shape[0]
     of_chunks = {
-        "count": count, "length": length, "offsets": cu_seqlens,
+        "count": cdiv(length, size), "length": length, "offsets": cu_seqlens,
         "sequence_of": sequence_of, "first_of": first_of,
     }  # fmt: skip
-    return Chunks(size, sequence_of.shape[0], sequences, of_chunks, {**of_chunks, "starts": starts})
+    return Chunks(size, total, sequences, of_chunks, {**of_chunks, "starts": starts})
+
+
+def handed_on(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what one kernel leaves for another's matrix products: their operands', as they round it.
+
+    The interpreter cuts off what bfloat16 can't hold instead of rounding: there it is float32.
+    """
+    return torch.float32 if INTERPRETED else dtype
 
 
 def strides(**tensors: Tensor | None) -> dict[str, int]:
@@ -297,9 +305,9 @@ def pass_states(
     reverse: bool = False,
     operand: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Runs :func:`_states`: every chunk's state (N, H, Dk, Dv) in b's dtype, and the last ones in float32."""
+    """Runs :func:`_states`: every chunk's state (N, H, Dk, Dv), and the last ones in float32."""
     heads, values, keys = b.shape[2], b.shape[3], a.shape[-1]
-    states = b.new_empty(chunks.total, heads, keys, values)
+    states = b.new_empty(chunks.total, heads, keys, values, dtype=handed_on(b.dtype))
     final = torch.empty(chunks.sequences, heads, keys, values, dtype=torch.float32, device=b.device)
     decay = kind_of(log_decay)
     STATES.launch(
@@ -320,3 +328,12 @@ def sum_group(gradient: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     if gradient.shape[2] != heads:
         gradient = gradient.reshape(batch, length, heads, gradient.shape[2] // heads, width).sum(3)
     return gradient.to(dtype)
+
+
+def decay_rows(log_decay: Tensor | None) -> Tensor | None:
+    """Kernels take decays of heads with any strides."""
+    return log_decay if log_decay is None or log_decay.dim() == 3 else rows(log_decay)
+
+
+def contiguous(state: Tensor | None) -> Tensor | None:
+    return None if state is None else state.contiguous()
