@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from star_kernels.compiled import like
+from star_kernels.convolution import triton_long as triton_long
 from star_kernels.launch import INTERPRETED, Configuration, Kernel, Operator, cdiv, rows
 
 MOST_UNROLLED = 8
@@ -336,12 +337,12 @@ BACKWARD = Kernel(
     "short_conv_backward",
     _backward,
     (
-        Configuration({"TIME": 4, "CHANNELS": 512}, num_warps=4, num_stages=1),
-        Configuration({"TIME": 4, "CHANNELS": 256}, num_warps=2, num_stages=1),
-        Configuration({"TIME": 2, "CHANNELS": 1024}, num_warps=4, num_stages=1),
-        Configuration({"TIME": 4, "CHANNELS": 1024}, num_warps=4, num_stages=1),
-        Configuration({"TIME": 4, "CHANNELS": 1024}, num_warps=8, num_stages=1),
         Configuration({"TIME": 8, "CHANNELS": 256}, num_warps=4, num_stages=1),
+        Configuration({"TIME": 4, "CHANNELS": 256}, num_warps=4, num_stages=1),
+        Configuration({"TIME": 4, "CHANNELS": 512}, num_warps=4, num_stages=1),
+        Configuration({"TIME": 2, "CHANNELS": 512}, num_warps=4, num_stages=1),
+        Configuration({"TIME": 1, "CHANNELS": 1024}, num_warps=4, num_stages=1),
+        Configuration({"TIME": 2, "CHANNELS": 1024}, num_warps=4, num_stages=1),
     ),
     shape=_form,
     choose=_in_interpreter,
