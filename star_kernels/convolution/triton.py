@@ -6,7 +6,9 @@ Notation, for one sequence with state rows at t = -(K-1) .. -1 before its first 
 
 A program computes a tile of tokens by channels; tap k is the same tile of u loaded again, shifted by some
 rows, which the L1 cache still holds, so that device memory sees one read. Channels lie along the lanes and
-warps, a thread's tokens in its registers: shifts, taps and sums over tokens need no exchange of threads.
+warps, 256 for each warp, and a thread's tokens in its registers: shifts, taps and sums over tokens need no
+exchange between threads. Taps are taken in x's dtype, as the definition takes them, so that they lie in the
+threads as x does.
 
 Backward, with g = ∂loss/∂s = dy ⊙ c or dy ⊙ activation'(s) computed again:
 
@@ -323,12 +325,13 @@ FORWARD = Kernel(
     "short_conv_forward",
     _forward,
     (
-        Configuration({"TIME": 8, "CHANNELS": 512}, num_warps=4, num_stages=1),
-        Configuration({"TIME": 4, "CHANNELS": 1024}, num_warps=4, num_stages=1),
+        Configuration({"TIME": 8, "CHANNELS": 512}, num_warps=2, num_stages=1),
         Configuration({"TIME": 8, "CHANNELS": 256}, num_warps=1, num_stages=1),
-        Configuration({"TIME": 16, "CHANNELS": 512}, num_warps=4, num_stages=1),
-        Configuration({"TIME": 16, "CHANNELS": 256}, num_warps=4, num_stages=1),
-        Configuration({"TIME": 32, "CHANNELS": 128}, num_warps=4, num_stages=1),
+        Configuration({"TIME": 4, "CHANNELS": 256}, num_warps=1, num_stages=1),
+        Configuration({"TIME": 4, "CHANNELS": 512}, num_warps=2, num_stages=1),
+        Configuration({"TIME": 4, "CHANNELS": 1024}, num_warps=4, num_stages=1),
+        Configuration({"TIME": 16, "CHANNELS": 256}, num_warps=1, num_stages=1),
+        Configuration({"TIME": 16, "CHANNELS": 256}, num_warps=2, num_stages=1),
     ),
     shape=_form,
     choose=_in_interpreter,
@@ -337,12 +340,13 @@ BACKWARD = Kernel(
     "short_conv_backward",
     _backward,
     (
-        Configuration({"TIME": 8, "CHANNELS": 256}, num_warps=4, num_stages=1),
-        Configuration({"TIME": 4, "CHANNELS": 256}, num_warps=4, num_stages=1),
-        Configuration({"TIME": 4, "CHANNELS": 512}, num_warps=4, num_stages=1),
-        Configuration({"TIME": 2, "CHANNELS": 512}, num_warps=4, num_stages=1),
+        Configuration({"TIME": 2, "CHANNELS": 512}, num_warps=2, num_stages=1),
+        Configuration({"TIME": 1, "CHANNELS": 512}, num_warps=2, num_stages=1),
         Configuration({"TIME": 1, "CHANNELS": 1024}, num_warps=4, num_stages=1),
-        Configuration({"TIME": 2, "CHANNELS": 1024}, num_warps=4, num_stages=1),
+        Configuration({"TIME": 2, "CHANNELS": 256}, num_warps=1, num_stages=1),
+        Configuration({"TIME": 4, "CHANNELS": 256}, num_warps=2, num_stages=1),
+        Configuration({"TIME": 4, "CHANNELS": 256}, num_warps=4, num_stages=1),
+        Configuration({"TIME": 8, "CHANNELS": 256}, num_warps=4, num_stages=1),
     ),
     shape=_form,
     choose=_in_interpreter,
@@ -370,8 +374,8 @@ def _owner(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
 
 
 def _span(tokens: int, width: int) -> int:
-    """Tokens a program of the backward pass walks over: 128, fewer where there would be too few programs."""
-    span = 128
+    """Tokens a program of the backward pass walks over: 64, fewer where there would be too few programs."""
+    span = 64
     while span > 32 and cdiv(tokens, span) * cdiv(width, 512) < 1024:
         span //= 2
     return span
@@ -399,8 +403,9 @@ def _convolve(
     x, b, c = rows(x), None if b is None else rows(b), None if c is None else rows(c)
     state = None if initial_state is None else initial_state.contiguous()
     shared = {
-        "x": x, "b": b, "c": c, "weight": weight.mT.contiguous(),
-        "bias": None if bias is None else bias.contiguous(), "state": state, "cu_seqlens": cu_seqlens,
+        "x": x, "b": b, "c": c, "weight": weight.mT.to(x.dtype).contiguous(),
+        "bias": None if bias is None else bias.to(x.dtype).contiguous(), "state": state,
+        "cu_seqlens": cu_seqlens,
         "length": length, "width": width, **_strides(x=x, b=b, c=c),
         **_constants(weight, b is not None, silu), "HAS_STATE": state is not None,
         "HAS_BIAS": bias is not None, "PACKED": cu_seqlens is not None,
@@ -434,8 +439,8 @@ def _convolve_backward(
     dy, x, b, c = rows(dy), rows(x), None if b is None else rows(b), None if c is None else rows(c)
     state = None if initial_state is None else initial_state.contiguous()
     shared = {
-        "dy": dy, "x": x, "b": b, "c": c, "weight": weight.mT.contiguous(),
-        "bias": None if bias is None else bias.contiguous(), "state": state,
+        "dy": dy, "x": x, "b": b, "c": c, "weight": weight.mT.to(x.dtype).contiguous(),
+        "bias": None if bias is None else bias.to(x.dtype).contiguous(), "state": state,
         "dfinal": None if dfinal is None else dfinal.contiguous(), "cu_seqlens": cu_seqlens,
         "length": length, "width": width, **_strides(dy=dy, x=x, b=b, c=c),
         **_constants(weight, b is not None, silu), "HAS_STATE": state is not None,
