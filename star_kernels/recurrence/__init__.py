@@ -14,6 +14,8 @@ from star_kernels.recurrence.steps import linear_scan_step as linear_scan_step
 from star_kernels.recurrence.steps import lstm_scan_step as lstm_scan_step
 from star_kernels.recurrence.steps import selective_scan_step as selective_scan_step
 
+dispatch.load_triton("recurrence")
+
 for _name in (
     "linear_scan",
     "selective_scan",
