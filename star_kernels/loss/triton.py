@@ -266,13 +266,7 @@ def _linear_cross_entropy(
     return loss, dx, dweight
 
 
-def _scale(dloss: Tensor, dx: Tensor, dweight: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """x and weight are there so that a second derivative, which nobody has recorded, is asked of this."""
-    return _scaled(dx, dloss), _scaled(dweight, dloss)
-
-
-def _scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
-    result = torch.empty_like(gradient)
+def _scale_into(result: Tensor, gradient: Tensor, dloss: Tensor) -> Tensor:
     size = gradient.numel()
     SCALE_KERNEL.launch(
         lambda blocks: (cdiv(size, blocks["BLOCK"]),),
@@ -281,15 +275,40 @@ def _scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
     return result
 
 
+def _scale(dloss: Tensor, dx: Tensor, dweight: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x and weight are there so that a second derivative, which nobody has recorded, is asked of this."""
+    return (
+        _scale_into(torch.empty_like(dx), dx, dloss),
+        _scale_into(torch.empty_like(dweight), dweight, dloss),
+    )
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weight, _, _, ctx.needs_x, ctx.needs_weight = inputs
+    x, weight, targets, ctx.ignore_index, ctx.needs_x, ctx.needs_weight = inputs
     _, dx, dweight = output
+    ctx.spent = False
     ctx.mark_non_differentiable(dx, dweight)
-    ctx.save_for_backward(dx, dweight, x, weight)
+    ctx.save_for_backward(dx, dweight, x, weight, targets)
 
 
 def _autograd(ctx: Any, dloss: Tensor, *others: Tensor) -> tuple[Any, ...]:
-    dx, dweight = SCALE(dloss, *ctx.saved_tensors)
+    """The gradients taken forward, scaled; in place where nothing traces or records the backward pass.
+
+    A copy of ∂weight would be the call's peak of memory. The saved gradients are then spent: another backward
+    pass through a retained graph takes them again.
+    """
+    dx, dweight, x, weight, targets = ctx.saved_tensors
+    if ctx.spent:
+        with torch.no_grad():
+            _, dx, dweight = _linear_cross_entropy(
+                x, weight, targets, ctx.ignore_index, ctx.needs_x, ctx.needs_weight
+            )
+    if type(dloss) is not Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        dx, dweight = SCALE(dloss, dx, dweight, x, weight)
+    else:
+        ctx.spent = True
+        _scale_into(dx, dx, dloss)
+        _scale_into(dweight, dweight, dloss)
     return dx if ctx.needs_x else None, dweight if ctx.needs_weight else None, None, None, None, None
 
 

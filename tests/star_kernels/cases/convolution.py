@@ -92,6 +92,12 @@ CASES = [
         "short_conv",
         "silu-packed",
         short(1, 90, 12, 3, gated=False, state=True, packed=(0, 5, 70, 90), activation="silu"),
+        interpreted=False,
+    ),
+    Case(
+        "short_conv",
+        "small-silu-packed",
+        short(1, 40, 6, 3, gated=False, state=True, packed=(0, 5, 34, 40), activation="silu"),
     ),
     Case("long_conv", "plain", long(2, 33, 7, 33, gated=False, skip=False)),
     Case("long_conv", "skip-long-kernel", long(2, 20, 5, 31, gated=False, skip=True)),
