@@ -52,6 +52,7 @@ from star_kernels.recurrence.triton_matrix_states import (
     key_block,
     kind_of,
     label,
+    large,
     load_tile,
     load_vector,
     pairs_of_level,
@@ -62,6 +63,9 @@ from star_kernels.recurrence.triton_matrix_states import (
     sum_group,
     widen,
 )
+
+KEYS_WITH_DECAYS = 16
+"""Key dimensions with a decay each whose gradients one program makes."""
 
 
 @triton.jit
@@ -291,20 +295,21 @@ def _dstates(
 
 @triton.jit
 def _gradients(
-    dy, v, beta, inverse, written, dwritten, states, dstates,
-    dpairs, dsystem, from_states, to_states, rewrites, dwhole, dv, drate,
+    dy, q, k, v, beta, log_decay, inverse, written, dwritten, states, dstates,
+    dq, dk, dv, dbeta, dg, dpairs, dsystem, rewrites, dwhole,
     count, length, offsets, sequence_of, first_of,
-    heads, keys, values, scale,
-    dy_b, dy_l, dy_h, v_b, v_l, v_h, beta_b, beta_l, beta_h,
-    C: tl.constexpr, OPERAND: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    heads, group, keys, values, scale, tokens,
+    dy_b, dy_l, dy_h, q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, beta_b, beta_l, beta_h, g_b, g_l, g_h,
+    DECAY: tl.constexpr, C: tl.constexpr, OPERAND: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """dV, and what `_key_gradients` makes the others of.
+    """All gradients of a chunk as far as a block of KEYS decides them; the first block's program stores dV.
 
-    For a block of KEYS: dY Sᵀ (``from_states``), U dS⁺ᵀ (``to_states``), −X Sᵀ (``rewrites``) and ⟨S, dS⁺⟩
-    (``dwhole``). The first block's program adds dA, dM (``dsystem``), and of dβ what V asks (``drate``).
+    dβ and dG are (blocks, B, L, H), to be summed over blocks. With a decay a key dimension, `_key_gradients`
+    makes dQ, dK, dG and the rest of dβ of what this leaves: dA, dM (``dsystem``), and without decays dY Sᵀ,
+    U dS⁺ᵀ, −X Sᵀ (``dq``, ``dk``, ``rewrites``) and ⟨S, dS⁺⟩ (``dwhole``).
     """
     blocks = tl.cdiv(keys, KEYS)
-    chunk, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks * KEYS
+    chunk, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     head = tl.program_id(1).to(tl.int64)
     batch, first, rows = place(chunk, count, length, sequence_of, first_of, offsets, C)
     if rows == 0:
@@ -321,7 +326,11 @@ def _gradients(
     to_state = tl.zeros((C, KEYS), tl.float32)
     rewrite = tl.zeros((C, KEYS), tl.float32)
     through = tl.zeros((KEYS,), tl.float32)
-    key = block + tl.arange(0, KEYS)
+    da = tl.zeros((C, C), tl.float32)
+    dm = tl.zeros((C, C), tl.float32)
+    sum_beta = tl.zeros((C,), tl.float32)
+    first_key = block * KEYS
+    key = first_key + tl.arange(0, KEYS)
     for value in range(0, values, VALUES):
         column_v = value + tl.arange(0, VALUES)
         inside = (key[:, None] < keys) & (column_v[None, :] < values)
@@ -332,50 +341,83 @@ def _gradients(
         tile_du = load_tile(dwritten + token * values, heads * values, rows, values, C, VALUES, value)
         tile_dy = load_tile(dy, dy_l, rows, values, C, VALUES, value)
         x = product(turned, tile_du, OPERAND)
+        da += product(tile_dy, tl.trans(tile_u), OPERAND)
+        dm -= product(x, tl.trans(tile_u), OPERAND)
         from_state += product(tile_dy, tl.trans(state), OPERAND)
         to_state += product(tile_u, tl.trans(dstate), OPERAND)
         rewrite -= product(x, tl.trans(state), OPERAND)
         through += tl.sum(state * dstate, 1)
-    at = slot * C * keys
-    store_tile(from_states + at, keys, from_state * scale, C, keys, C, KEYS, block)
-    store_tile(to_states + at, keys, to_state, C, keys, C, KEYS, block)
-    store_tile(rewrites + at, keys, rewrite, C, keys, C, KEYS, block)
-    tl.store(dwhole + slot * keys + key, through, key < keys)
-    if block == 0:
-        da = tl.zeros((C, C), tl.float32)
-        dm = tl.zeros((C, C), tl.float32)
-        of_values = tl.zeros((C,), tl.float32)
-        for value in range(0, values, VALUES):
-            tile_u = load_tile(written + token * values, heads * values, rows, values, C, VALUES, value)
-            tile_du = load_tile(dwritten + token * values, heads * values, rows, values, C, VALUES, value)
-            tile_dy = load_tile(dy, dy_l, rows, values, C, VALUES, value)
-            x = product(turned, tile_du, OPERAND)
-            da += product(tile_dy, tl.trans(tile_u), OPERAND)
-            dm -= product(x, tl.trans(tile_u), OPERAND)
-            of_values += tl.sum(x * load_tile(v, v_l, rows, values, C, VALUES, value), 1)
+        if block == 0:
+            sum_beta += tl.sum(x * load_tile(v, v_l, rows, values, C, VALUES, value), 1)
             store_tile(dv + token * values, heads * values, x * rate, rows, values, C, VALUES, value)
-        store_tile(dpairs + slot * C * C, C, tl.where(row >= column, da * scale, 0.0), C, C, C, C)
-        store_tile(dsystem + slot * C * C, C, tl.where(row > column, dm, 0.0), C, C, C, C)
-        tl.store(drate + slot * C + tl.arange(0, C), of_values)
+    da = tl.where(row >= column, da * scale, 0.0)
+    dm = tl.where(row > column, dm, 0.0)
+    from_state *= scale
+    at_beta = dbeta + block.to(tl.int64) * tokens + token + tl.arange(0, C) * heads
+    if DECAY == "key":
+        at = slot * C * keys
+        store_tile(dq + at, keys, from_state, C, keys, C, KEYS, first_key)
+        store_tile(dk + at, keys, to_state, C, keys, C, KEYS, first_key)
+        store_tile(rewrites + at, keys, rewrite, C, keys, C, KEYS, first_key)
+        tl.store(dwhole + slot * keys + key, through, key < keys)
+        if block == 0:
+            store_tile(dpairs + slot * C * C, C, da, C, C, C, C)
+            store_tile(dsystem + slot * C * C, C, dm, C, C, C, C)
+            tl.store(at_beta, sum_beta, tl.arange(0, C) < rows)
+    else:
+        q_at = q + batch * q_b + first * q_l + head // group * q_h
+        k_at = k + batch * k_b + first * k_l + head // group * k_h
+        tile_k = load_tile(k_at, k_l, rows, keys, C, KEYS, first_key)
+        diagonal = tl.sum(tl.where(row == column, da, 0.0), 1)[:, None]
+        da = tl.where(row > column, da, 0.0)
+        if DECAY == "head":
+            g = log_decay + batch * g_b + first * g_l + head * g_h
+            between = decay_between(load_vector(g, g_l, rows, C, 1), C)
+            da *= between
+            dm *= between
+            start = decay_from_start(g, g_l, rows, C)[:, None]
+            from_state *= start
+            rewrite *= start
+            to_state *= decay_until_end(g, g_l, rows, C)[:, None]
+        tile_dq = from_state + product(da, tile_k, OPERAND)
+        asked = rewrite + product(dm, tile_k, OPERAND)
+        sum_beta += tl.sum(asked * tile_k, 1)
+        tl.store(at_beta, sum_beta, tl.arange(0, C) < rows)
+        asked *= rate
+        tile_q = load_tile(q_at, q_l, rows, keys, C, KEYS, first_key)
+        tile_dk = product(tl.trans(da), tile_q, OPERAND) + product(tl.trans(dm), tile_k * rate, OPERAND)
+        if DECAY == "head":
+            rising = tl.sum(tile_q * tile_dq + tile_k * (asked - tile_dk), 1)
+            falling = tl.sum(tile_k * to_state, 1)
+            slope = tl.cumsum(rising, 0, reverse=True) + tl.cumsum(falling, 0) - falling
+            slope += tl.exp(tl.sum(load_vector(g, g_l, rows, C), 0)) * tl.sum(through, 0)
+            at_g = dg + block.to(tl.int64) * tokens + token + tl.arange(0, C) * heads
+            tl.store(at_g, slope, tl.arange(0, C) < rows)
+        tile_dq += diagonal * tile_k
+        tile_dk += to_state + diagonal * tile_q + asked
+        store_tile(dq + token * keys, heads * keys, tile_dq, rows, keys, C, KEYS, first_key)
+        store_tile(dk + token * keys, heads * keys, tile_dk, rows, keys, C, KEYS, first_key)
 
 
 @triton.jit
 def _key_gradients(
-    q, k, beta, log_decay, dpairs, dsystem, from_states, to_states, rewrites, dwhole, drate,
-    dq, dk, dbeta, dg,
+    q, k, beta, log_decay, dpairs, dsystem, from_states, to_states, rewrites, dwhole, dq, dk, dbeta, dg,
     count, length, offsets, sequence_of, first_of,
-    heads, group, keys,
+    heads, group, keys, tokens,
     q_b, q_l, q_h, k_b, k_l, k_h, beta_b, beta_l, beta_h, g_b, g_l, g_h,
-    DECAY: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, OPERAND: tl.constexpr, KEYS: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, OPERAND: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dQ, dK, dβ and dG of a chunk, KEYS key dimensions at a time."""
-    chunk, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """dQ, dK, dG and the keys' part of dβ, (blocks, B, L, H), of a chunk and KEYS keys with a decay each."""
+    blocks = tl.cdiv(keys, KEYS)
+    chunk, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks * KEYS
+    head = tl.program_id(1).to(tl.int64)
     batch, first, rows = place(chunk, count, length, sequence_of, first_of, offsets, C)
     if rows == 0:
         return
     batch, first = batch.to(tl.int64), first.to(tl.int64)
     q += batch * q_b + first * q_l + head // group * q_h
     k += batch * k_b + first * k_l + head // group * k_h
+    log_decay += batch * g_b + first * g_l + head * g_h
     slot = chunk * heads + head
     token = (batch * length + first) * heads + head
     dpairs += slot * C * C
@@ -383,96 +425,66 @@ def _key_gradients(
     rate = load_vector(beta + batch * beta_b + first * beta_l + head * beta_h, beta_l, rows, C)[:, None]
     row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     diagonal = tl.load(dpairs + tl.arange(0, C) * (C + 1))[:, None]
-    sum_beta = tl.load(drate + slot * C + tl.arange(0, C))
-    sum_rising = tl.zeros((C,), tl.float32)
-    sum_falling = tl.zeros((C,), tl.float32)
-    sum_through = 0.0
-    if DECAY == "head":
-        g = log_decay + batch * g_b + first * g_l + head * g_h
-    for block in range(0, keys, KEYS):
-        tile_q = load_tile(q, q_l, rows, keys, C, KEYS, block)
-        tile_k = load_tile(k, k_l, rows, keys, C, KEYS, block)
-        if DECAY == "key":
-            g = log_decay + batch * g_b + first * g_l + head * g_h
-            total = load_tile(g, g_l, rows, keys, C, KEYS, block)
-            tile_dq = tl.zeros((C, KEYS), tl.float32)
-            tile_dk = tl.zeros((C, KEYS), tl.float32)
-            asked = tl.zeros((C, KEYS), tl.float32)
-            from_start, until_end = total, tl.zeros((C, KEYS), tl.float32)
-            for level in range(0, LEVELS):
-                size = 1 << level
-                decay = decay_of_level(from_start, until_end, size, C)
-                mask = pairs_of_level(size, C)
-                da = tl.load(dpairs + row * C + column, mask, other=0.0)
-                dm = tl.load(dsystem + row * C + column, mask, other=0.0)
-                past = tile_k * decay
-                tile_dq += product(da, past, OPERAND) * decay
-                asked += product(dm, past, OPERAND) * decay
-                back = product(tl.trans(da), tile_q * decay, OPERAND)
-                tile_dk += (back + product(tl.trans(dm), past * rate, OPERAND)) * decay
-                from_start, until_end, total = widen(from_start, until_end, total, size, C, KEYS)
-            start, end, all_of_it = tl.exp(from_start), tl.exp(until_end), tl.exp(tl.max(total, 0))
-        else:
-            da = tl.load(dpairs + row * C + column, row > column, other=0.0)
-            dm = tl.load(dsystem + row * C + column)
-            if DECAY == "head":
-                between = decay_between(load_vector(g, g_l, rows, C, 1), C)
-                da *= between
-                dm *= between
-            tile_dq = product(da, tile_k, OPERAND)
-            asked = product(dm, tile_k, OPERAND)
-            tile_dk = product(tl.trans(da), tile_q, OPERAND)
-            tile_dk += product(tl.trans(dm), tile_k * rate, OPERAND)
-        at = slot * C * keys
-        from_state = load_tile(from_states + at, keys, C, keys, C, KEYS, block)
-        to_state = load_tile(to_states + at, keys, C, keys, C, KEYS, block)
-        rewrite = load_tile(rewrites + at, keys, C, keys, C, KEYS, block)
-        if DECAY == "head":
-            start = decay_from_start(g, g_l, rows, C)[:, None]
-            end = decay_until_end(g, g_l, rows, C)[:, None]
-        if DECAY != "none":
-            from_state *= start
-            rewrite *= start
-            to_state *= end
-        asked += rewrite
-        sum_beta += tl.sum(asked * tile_k, 1)
-        asked *= rate
-        if DECAY != "none":
-            rising = tile_q * (tile_dq + from_state) + tile_k * (asked - tile_dk)
-            falling = tile_k * to_state
-            key = block + tl.arange(0, KEYS)
-            through = tl.load(dwhole + slot * keys + key, key < keys, other=0.0)
-            if DECAY == "key":
-                slope = tl.cumsum(rising, 0, reverse=True) + tl.cumsum(falling, 0) - falling
-                slope += (through * all_of_it)[None, :]
-                store_tile(dg + token * keys, heads * keys, slope, rows, keys, C, KEYS, block)
-            else:
-                sum_rising += tl.sum(rising, 1)
-                sum_falling += tl.sum(falling, 1)
-                sum_through += tl.sum(through, 0)
-        tile_dq += from_state + diagonal * tile_k
-        tile_dk += to_state + diagonal * tile_q + asked
-        store_tile(dq + token * keys, heads * keys, tile_dq, rows, keys, C, KEYS, block)
-        store_tile(dk + token * keys, heads * keys, tile_dk, rows, keys, C, KEYS, block)
-    at = token + tl.arange(0, C) * heads
-    tl.store(dbeta + at, sum_beta, tl.arange(0, C) < rows)
-    if DECAY == "head":
-        slope = tl.cumsum(sum_rising, 0, reverse=True) + tl.cumsum(sum_falling, 0) - sum_falling
-        slope += sum_through * tl.exp(tl.sum(load_vector(g, g_l, rows, C), 0))
-        tl.store(dg + at, slope, tl.arange(0, C) < rows)
+    tile_q = load_tile(q, q_l, rows, keys, C, KEYS, block)
+    tile_k = load_tile(k, k_l, rows, keys, C, KEYS, block)
+    total = load_tile(log_decay, g_l, rows, keys, C, KEYS, block)
+    tile_dq = tl.zeros((C, KEYS), tl.float32)
+    tile_dk = tl.zeros((C, KEYS), tl.float32)
+    asked = tl.zeros((C, KEYS), tl.float32)
+    from_start, until_end = total, tl.zeros((C, KEYS), tl.float32)
+    for level in range(0, LEVELS):
+        size = 1 << level
+        decay = decay_of_level(from_start, until_end, size, C)
+        mask = pairs_of_level(size, C)
+        da = tl.load(dpairs + row * C + column, mask, other=0.0)
+        dm = tl.load(dsystem + row * C + column, mask, other=0.0)
+        past = tile_k * decay
+        tile_dq += product(da, past, OPERAND) * decay
+        asked += product(dm, past, OPERAND) * decay
+        back = product(tl.trans(da), tile_q * decay, OPERAND)
+        tile_dk += (back + product(tl.trans(dm), past * rate, OPERAND)) * decay
+        from_start, until_end, total = widen(from_start, until_end, total, size, C, KEYS)
+    at = slot * C * keys
+    start = tl.exp(from_start)
+    tile_dq += load_tile(from_states + at, keys, C, keys, C, KEYS, block) * start
+    asked += load_tile(rewrites + at, keys, C, keys, C, KEYS, block) * start
+    at_beta = dbeta + (tl.program_id(0) % blocks).to(tl.int64) * tokens + token + tl.arange(0, C) * heads
+    tl.store(at_beta, tl.sum(asked * tile_k, 1), tl.arange(0, C) < rows)
+    asked *= rate
+    to_state = load_tile(to_states + at, keys, C, keys, C, KEYS, block) * tl.exp(until_end)
+    rising = tile_q * tile_dq + tile_k * (asked - tile_dk)
+    falling = tile_k * to_state
+    key = block + tl.arange(0, KEYS)
+    through = tl.load(dwhole + slot * keys + key, key < keys, other=0.0) * tl.exp(tl.max(total, 0))
+    slope = tl.cumsum(rising, 0, reverse=True) + tl.cumsum(falling, 0) - falling + through[None, :]
+    store_tile(dg + token * keys, heads * keys, slope, rows, keys, C, KEYS, block)
+    tile_dq += diagonal * tile_k
+    tile_dk += to_state + diagonal * tile_q + asked
+    store_tile(dq + token * keys, heads * keys, tile_dq, rows, keys, C, KEYS, block)
+    store_tile(dk + token * keys, heads * keys, tile_dk, rows, keys, C, KEYS, block)
 
 
-def _kernel(name: str, function: Any, *candidates: Configuration) -> Kernel:
-    return Kernel(f"gated_delta_rule_{name}", function, candidates, shape=label)
+def _kernel(name: str, function: Any, *candidates: Configuration, choose: Any = None) -> Kernel:
+    return Kernel(f"gated_delta_rule_{name}", function, candidates, shape=label, choose=choose)
+
+
+def _safe_states(arguments: dict[str, Any]) -> Configuration:
+    """Registers hold (KEYS, VALUES) of a state beside (C, KEYS) tiles: fewer columns where keys are many."""
+    if large(arguments):
+        return Configuration({"VALUES": 16}, num_warps=8, num_stages=1)
+    return Configuration({"VALUES": 32}, num_warps=4 if arguments["keys"] <= 64 else 8, num_stages=1)
 
 
 SYSTEMS = _kernel(
     "systems",
     _systems,
+    Configuration({"KEYS": 32}, num_warps=8, num_stages=1),
     Configuration({"KEYS": 32}, num_warps=4, num_stages=1),
     Configuration({"KEYS": 64}, num_warps=4, num_stages=1),
     Configuration({"KEYS": 64}, num_warps=8, num_stages=1),
-    Configuration({"KEYS": 32}, num_warps=8, num_stages=1),
+    choose=lambda arguments: Configuration(
+        {"KEYS": 32}, num_warps=8 if arguments["DECAY"] == "key" else 4, num_stages=1
+    ),
 )
 SOLUTIONS = _kernel(
     "solutions",
@@ -485,36 +497,42 @@ SOLUTIONS = _kernel(
 STATES = _kernel(
     "states",
     _states,
+    Configuration({"VALUES": 16}, num_warps=8, num_stages=1),
     Configuration({"VALUES": 32}, num_warps=4, num_stages=1),
     Configuration({"VALUES": 32}, num_warps=4, num_stages=2),
+    Configuration({"VALUES": 32}, num_warps=8, num_stages=2),
     Configuration({"VALUES": 64}, num_warps=4, num_stages=2),
     Configuration({"VALUES": 64}, num_warps=8, num_stages=2),
-    Configuration({"VALUES": 16}, num_warps=2, num_stages=2),
+    choose=_safe_states,
 )
 DSTATES = _kernel(
     "dstates",
     _dstates,
+    Configuration({"VALUES": 16}, num_warps=8, num_stages=1),
     Configuration({"VALUES": 32}, num_warps=4, num_stages=1),
-    Configuration({"VALUES": 32}, num_warps=4, num_stages=2),
+    Configuration({"VALUES": 16}, num_warps=4, num_stages=1),
+    Configuration({"VALUES": 32}, num_warps=8, num_stages=2),
     Configuration({"VALUES": 64}, num_warps=8, num_stages=1),
-    Configuration({"VALUES": 64}, num_warps=8, num_stages=2),
-    Configuration({"VALUES": 16}, num_warps=2, num_stages=1),
+    choose=_safe_states,
 )
 GRADIENTS = _kernel(
     "gradients",
     _gradients,
-    Configuration({"KEYS": 64, "VALUES": 32}, num_warps=4, num_stages=1),
-    Configuration({"KEYS": 64, "VALUES": 64}, num_warps=4, num_stages=1),
-    Configuration({"KEYS": 128, "VALUES": 32}, num_warps=8, num_stages=1),
-    Configuration({"KEYS": 64, "VALUES": 64}, num_warps=8, num_stages=2),
+    Configuration({"VALUES": 16}, num_warps=8, num_stages=1),
+    Configuration({"VALUES": 32}, num_warps=8, num_stages=1),
+    Configuration({"VALUES": 32}, num_warps=4, num_stages=1),
+    Configuration({"VALUES": 64}, num_warps=4, num_stages=1),
+    Configuration({"VALUES": 64}, num_warps=8, num_stages=1),
+    Configuration({"VALUES": 32}, num_warps=8, num_stages=2),
+    choose=lambda arguments: Configuration(
+        {"VALUES": 16 if large(arguments) else 32}, num_warps=8, num_stages=1
+    ),
 )
 KEY_GRADIENTS = _kernel(
     "key_gradients",
     _key_gradients,
-    Configuration({"KEYS": 32}, num_warps=8, num_stages=1),
-    Configuration({"KEYS": 16}, num_warps=4, num_stages=1),
-    Configuration({"KEYS": 32}, num_warps=4, num_stages=1),
-    Configuration({"KEYS": 64}, num_warps=8, num_stages=1),
+    Configuration({}, num_warps=8, num_stages=1),
+    Configuration({}, num_warps=4, num_stages=1),
 )
 
 
@@ -637,8 +655,7 @@ def _delta_backward(
     dy = rows(dy)
     call = _Call(q, k, v, beta, log_decay, initial_state, cu_seqlens)
     dstates, dwritten, dinitial = _pass_back(call, dy, dfinal_state, scale)
-    dv, *parts = _combine(call, dy, dwritten, dstates, scale)
-    dq, dk, dbeta, dg = _of_keys(call, *parts)
+    dq, dk, dv, dbeta, dg = _combine(call, dy, dwritten, dstates, scale)
     if initial_state is None:
         dinitial = v.new_empty(0)
     return (
@@ -664,53 +681,54 @@ def _pass_back(
     return dstates, dwritten, dinitial
 
 
-def _combine(call: _Call, dy: Tensor, dwritten: Tensor, dstates: Tensor, scale: float) -> tuple[Tensor, ...]:
-    size, wide = call.chunks.size, torch.float32
-    dpairs, dsystem = call.by_chunk(size, wide), call.by_chunk(size, wide)
-    from_states, to_states, rewrites = (call.by_chunk(call.keys, wide) for _ in range(3))
-    dwhole = torch.empty(call.chunks.total, call.heads, call.keys, dtype=wide, device=dy.device)
-    drate = torch.empty(call.chunks.total, call.heads, size, dtype=wide, device=dy.device)
-    dv = torch.empty(call.v.shape, dtype=call.v.dtype, device=dy.device)
-    GRADIENTS.launch(
-        lambda blocks: (call.chunks.total * cdiv(call.keys, blocks["KEYS"]), call.heads),
-        dy=dy, v=call.v, beta=call.beta, inverse=call.inverse, written=call.written, dwritten=dwritten,
-        states=call.states, dstates=dstates, dpairs=dpairs, dsystem=dsystem, from_states=from_states,
-        to_states=to_states, rewrites=rewrites, dwhole=dwhole, dv=dv, drate=drate,
-        **call.chunks.of_chunks, heads=call.heads, keys=call.keys, values=call.values, scale=scale,
-        **strides(dy=dy, v=call.v, beta=call.beta),
-        C=size, OPERAND=call.operand,
-    )  # fmt: skip
-    return dv, dpairs, dsystem, from_states, to_states, rewrites, dwhole, drate
-
-
-def _of_keys(
-    call: _Call,
-    dpairs: Tensor,
-    dsystem: Tensor,
-    from_states: Tensor,
-    to_states: Tensor,
-    rewrites: Tensor,
-    dwhole: Tensor,
-    drate: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _combine(
+    call: _Call, dy: Tensor, dwritten: Tensor, dstates: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk (of H heads), dv, dbeta and dg."""
     batch, length = call.v.shape[:2]
-    device, wide = call.v.device, torch.float32
+    device, wide, size = call.v.device, torch.float32, call.chunks.size
     # Heads that share keys are summed afterwards, in float32.
     dtype = call.v.dtype if call.group == 1 else wide
     dq, dk = (torch.empty(batch, length, call.heads, call.keys, dtype=dtype, device=device) for _ in range(2))
-    dbeta = torch.empty(batch, length, call.heads, dtype=wide, device=device)
-    shape = (0,) if call.log_decay is None else call.log_decay.shape
-    dg = torch.empty(shape, dtype=wide, device=device)
-    KEY_GRADIENTS.launch(
-        lambda blocks: (call.chunks.total, call.heads),
-        q=call.q, k=call.k, beta=call.beta, log_decay=call.log_decay, dpairs=dpairs, dsystem=dsystem,
-        from_states=from_states, to_states=to_states, rewrites=rewrites, dwhole=dwhole, drate=drate,
-        dq=dq, dk=dk, dbeta=dbeta, dg=dg,
-        **call.chunks.of_chunks, heads=call.heads, group=call.group, keys=call.keys,
-        **strides(q=call.q, k=call.k, beta=call.beta, g=call.log_decay),
-        DECAY=call.decay, C=call.chunks.size, LEVELS=call.levels, OPERAND=call.operand,
+    dv = torch.empty(call.v.shape, dtype=call.v.dtype, device=device)
+    block = min(64, key_block(call.k))
+    blocks = cdiv(call.keys, block)
+    dbeta, dg = (torch.empty(blocks, batch, length, call.heads, dtype=wide, device=device) for _ in range(2))
+    left: dict[str, Tensor | None] = dict.fromkeys(("dpairs", "dsystem", "rewrites", "dwhole"))
+    from_states, to_states = dq, dk
+    if call.decay == "key":
+        left = {
+            "dpairs": call.by_chunk(size, wide), "dsystem": call.by_chunk(size, wide),
+            "rewrites": call.by_chunk(call.keys, wide),
+            "dwhole": torch.empty(call.chunks.total, call.heads, call.keys, dtype=wide, device=device),
+        }  # fmt: skip
+        from_states, to_states = call.by_chunk(call.keys, wide), call.by_chunk(call.keys, wide)
+    GRADIENTS.launch(
+        lambda configuration: (call.chunks.total * blocks, call.heads),
+        dy=dy, q=call.q, k=call.k, v=call.v, beta=call.beta, log_decay=call.log_decay, inverse=call.inverse,
+        written=call.written, dwritten=dwritten, states=call.states, dstates=dstates,
+        dq=from_states, dk=to_states, dv=dv, dbeta=dbeta, dg=dg, **left,
+        **call.chunks.of_chunks, heads=call.heads, group=call.group, keys=call.keys, values=call.values,
+        scale=scale, tokens=batch * length * call.heads,
+        **strides(dy=dy, q=call.q, k=call.k, v=call.v, beta=call.beta, g=call.log_decay),
+        DECAY=call.decay, C=size, OPERAND=call.operand, KEYS=block,
     )  # fmt: skip
-    return dq, dk, dbeta, dg
+    if call.decay != "key":
+        return dq, dk, dv, dbeta.sum(0), dg.sum(0) if call.decay == "head" else dg.new_empty(0)
+    assert call.log_decay is not None
+    block = min(KEYS_WITH_DECAYS, key_block(call.k))
+    of_keys = dbeta.new_empty(cdiv(call.keys, block), batch, length, call.heads)
+    dg = torch.empty(call.log_decay.shape, dtype=wide, device=device)
+    KEY_GRADIENTS.launch(
+        lambda configuration: (call.chunks.total * of_keys.shape[0], call.heads),
+        q=call.q, k=call.k, beta=call.beta, log_decay=call.log_decay,
+        from_states=from_states, to_states=to_states, **left, dq=dq, dk=dk, dbeta=of_keys, dg=dg,
+        **call.chunks.of_chunks, heads=call.heads, group=call.group, keys=call.keys,
+        tokens=batch * length * call.heads,
+        **strides(q=call.q, k=call.k, beta=call.beta, g=call.log_decay),
+        C=size, LEVELS=call.levels, OPERAND=call.operand, KEYS=block,
+    )  # fmt: skip
+    return dq, dk, dv, dbeta[0] + of_keys.sum(0), dg
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

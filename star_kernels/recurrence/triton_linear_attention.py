@@ -50,6 +50,7 @@ from star_kernels.recurrence.triton_matrix_states import (
     key_block,
     kind_of,
     label,
+    large,
     load_tile,
     load_vector,
     pairs_of_level,
@@ -290,17 +291,22 @@ OUTPUTS = Kernel(
     "gated_linear_attention_outputs",
     _outputs,
     (
-        Configuration({"VALUES": 32}, num_warps=4, num_stages=1),
+        Configuration({"VALUES": 16}, num_warps=4, num_stages=1),
         Configuration({"VALUES": 64}, num_warps=4, num_stages=1),
+        Configuration({"VALUES": 32}, num_warps=4, num_stages=1),
         Configuration({"VALUES": 128}, num_warps=8, num_stages=1),
         Configuration({"VALUES": 64}, num_warps=8, num_stages=1),
     ),
     shape=label,
+    choose=lambda arguments: Configuration(
+        {"VALUES": 16 if large(arguments) else 64}, num_warps=4, num_stages=1
+    ),
 )
 GRADIENTS = Kernel(
     "gated_linear_attention_gradients",
     _gradients,
     (
+        Configuration({"VALUES": 16}, num_warps=8, num_stages=1),
         Configuration({"VALUES": 32}, num_warps=8, num_stages=1),
         Configuration({"VALUES": 64}, num_warps=8, num_stages=1),
         Configuration({"VALUES": 32}, num_warps=4, num_stages=1),
@@ -308,6 +314,9 @@ GRADIENTS = Kernel(
         Configuration({"VALUES": 32}, num_warps=8, num_stages=2),
     ),
     shape=label,
+    choose=lambda arguments: Configuration(
+        {"VALUES": 16 if large(arguments) else 32}, num_warps=8, num_stages=1
+    ),
 )
 KEY_GRADIENTS = Kernel(
     "gated_linear_attention_key_gradients",

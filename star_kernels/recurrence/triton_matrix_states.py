@@ -205,14 +205,19 @@ def label(arguments: dict[str, Any]) -> str:
     return f"keys={arguments['keys']}{values}{decay}"
 
 
+def large(arguments: dict[str, Any]) -> bool:
+    """Whether a launch's tiles of all key dimensions are twice as large as those of 128 in half precision."""
+    return arguments["OPERAND"] == tl.float32 or arguments["keys"] > 128
+
+
 STATES = Kernel(
     "matrix_states",
     _states,
     (
+        Configuration({"KEYS": 64, "VALUES": 32}, num_warps=4, num_stages=3),
         Configuration({"KEYS": 32, "VALUES": 32}, num_warps=2, num_stages=2),
         Configuration({"KEYS": 64, "VALUES": 64}, num_warps=4, num_stages=2),
         Configuration({"KEYS": 64, "VALUES": 64}, num_warps=4, num_stages=3),
-        Configuration({"KEYS": 64, "VALUES": 32}, num_warps=4, num_stages=3),
         Configuration({"KEYS": 128, "VALUES": 64}, num_warps=8, num_stages=2),
     ),
     shape=label,

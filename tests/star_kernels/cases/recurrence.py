@@ -96,12 +96,18 @@ def matrix(
     return make
 
 
-def both(name: str, *sizes: int, **situation: Any) -> list[Case]:
+def both(name: str, *sizes: int, interpreted: bool = True, **situation: Any) -> list[Case]:
     """Linear attention and the delta rule in one situation."""
     kept = frozenset({"initial_state", "log_decay"})
     return [
-        Case("gated_linear_attention", name, matrix(*sizes, delta=False, **situation), float32=kept),
-        Case("gated_delta_rule", name, matrix(*sizes, delta=True, **situation), float32=kept),
+        Case(
+            operator,
+            name,
+            matrix(*sizes, delta=operator == "gated_delta_rule", **situation),
+            float32=kept,
+            interpreted=interpreted,
+        )
+        for operator in ("gated_linear_attention", "gated_delta_rule")
     ]
 
 
@@ -153,17 +159,20 @@ CASES = [
         float32=WEIGHTS,
     ),
     *both("plain", 2, 37, 3, 8, 8),
-    *both("head-decay", 2, 70, 2, 16, 24, decay="head", state=True),
-    *both("key-decay", 2, 70, 2, 16, 24, decay="key", state=True),
+    *both("head-decay", 2, 70, 2, 16, 24, decay="head", state=True, interpreted=False),
+    *both("key-decay", 2, 70, 2, 16, 24, decay="key", state=True, interpreted=False),
     *both("strong-head-decay", 1, 40, 2, 8, 8, decay="head", strength=100.0, state=True),
     *both("strong-key-decay", 1, 40, 2, 8, 8, decay="key", strength=100.0, state=True),
-    *both("shared-keys", 1, 20, 4, 5, 7, key_heads=2, decay="head", scale=0.7),
-    *both("shared-keys-key-decay", 1, 35, 6, 5, 3, key_heads=2, decay="key", state=True),
+    *both("shared-keys", 1, 20, 4, 5, 7, key_heads=2, decay="head", scale=0.7, interpreted=False),
+    *both("shared-keys-key-decay", 1, 35, 6, 5, 3, key_heads=2, decay="key", state=True, interpreted=False),
     *both("wide", 1, 18, 1, 40, 33, decay="key", state=True),
+    *both("few-head-decay", 1, 35, 2, 5, 18, decay="head", key_heads=1, state=True, scale=0.7),
+    *both("few-key-decay", 1, 35, 2, 18, 5, decay="key", key_heads=1, state=True),
+    *both("few-packed", 1, 36, 1, 5, 3, decay="key", state=True, packed=(0, 1, 1, 34, 36)),
     *both("one-token", 2, 1, 2, 8, 8, decay="head", state=True),
     *both("no-token", 2, 0, 2, 8, 8, decay="key", state=True),
     *both("no-batch", 0, 4, 2, 8, 8, decay="head"),
-    *both("packed", 1, 90, 2, 8, 12, decay="key", state=True, packed=(0, 1, 1, 40, 90)),
+    *both("packed", 1, 90, 2, 8, 12, decay="key", state=True, packed=(0, 1, 1, 40, 90), interpreted=False),
     *cells("plain", 2, 37, 19),
     *cells("state", 2, 21, 16, state=True),
     *cells("blocks", 1, 12, 150, state=True),
