@@ -216,6 +216,11 @@ def _block(arguments: dict[str, Any]) -> str:
     return f"block={arguments['BLOCK']}"
 
 
+def _blocks(arguments: dict[str, Any]) -> str:
+    """The fewer blocks, the more of a tall tile of rows lies above the triangle: the best height depends."""
+    return f"block={arguments['BLOCK']},blocks={_power_of_two(arguments['blocks'])}"
+
+
 def _power_of_two(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
@@ -260,7 +265,7 @@ MULTIPLY = Kernel(
         Configuration({"ROWS": 64, "STEP": 64}, num_warps=4, num_stages=4),
         Configuration({"ROWS": 256, "STEP": 64}, num_warps=8, num_stages=3),
     ),
-    shape=_block,
+    shape=_blocks,
     choose=_choose_multiply,
 )
 CORRELATE = Kernel(
