@@ -10,7 +10,7 @@ TEST_WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test lint types pytest install build sanitize bench-cpu compile-matrix clean
+.PHONY: demo test lint types pytest install build sanitize bench-cpu bench-gpu compile-matrix clean
 
 demo: $(VENV)/.search build
 	@if [ -e $(RUN)/run.db ]; then $(BIN)/star resume $(RUN); else $(BIN)/star search $(RUN) --preset demo; fi
@@ -27,6 +27,10 @@ types: $(VENV)/.dev
 # Remakes benchmarks/results/cpu.md, in about ten minutes of an otherwise idle machine.
 bench-cpu: $(VENV)/.dev build
 	$(BIN)/python -m benchmarks.cpu $(BENCH)
+
+# All tests that need a GPU, then benchmarks/results/<device>.md, in under nine minutes.
+bench-gpu: $(VENV)/.dev build
+	$(BIN)/python -m benchmarks.gpu $(BENCH)
 
 # Remakes benchmarks/results/compile.md: every Triton kernel for every kind of GPU, without one.
 compile-matrix: $(VENV)/.dev

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from benchmarks.rows import Row
+from benchmarks.checks import Check
 from benchmarks.training_step import COMPILED, DEFAULT, LAYOUTS, REFERENCE
 from star.bench import Measurement, Timing
 
 if TYPE_CHECKING:
     from benchmarks.cpu import Results
 
-__all__ = ["document"]
+__all__ = ["document", "limits", "table", "time_text", "times"]
 
 _MET = {True: "yes", False: "**no**", None: "–"}
 
@@ -21,8 +21,8 @@ def document(results: Results) -> str:
     """The whole file."""
     parts = (
         ["# Operators on a CPU", _introduction(results)],
-        ["## Limits", _limits(results)],
-        ["## Times", _TIMES, _times(results.measurements)],
+        ["## Limits", limits(results.checks)],
+        ["## Times", _TIMES, times(results.measurements)],
         ["## Decode steps", _STEPS, _steps(results.steps)],
         ["## Whole models", f"{results.conditions['model']}. {_MODELS}", _models(results.models)],
     )
@@ -62,7 +62,8 @@ _MODELS = (
 )
 
 
-def _limits(results: Results) -> str:
+def limits(checks: Sequence[Check]) -> str:
+    """One line a limit."""
     lines = [
         (
             check.name,
@@ -72,12 +73,20 @@ def _limits(results: Results) -> str:
             _MET[check.met],
             "" if check.met else check.why,
         )
-        for check in results.checks
+        for check in checks
     ]
-    return _table(("case", "sizes", "at least", "reached", "met", "why not"), lines)
+    return table(("case", "sizes", "at least", "reached", "met", "why not"), lines)
 
 
-def _times(measurements: Sequence[tuple[Row, Measurement]]) -> str:
+class Named(Protocol):
+    """A row of a table: anything with a name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+def times(measurements: Sequence[tuple[Named, Measurement]]) -> str:
+    """One line a form of an operator."""
     lines: list[tuple[str, ...]] = []
     for row, measurement in measurements:
         ours = measurement.default.median
@@ -86,7 +95,7 @@ def _times(measurements: Sequence[tuple[Row, Measurement]]) -> str:
                 (
                     row.name if timing is measurement.default else "",
                     timing.name,
-                    _time(timing.median),
+                    time_text(timing.median),
                     f"{timing.median / ours:.3g}x",
                     f"{measurement.bandwidth(timing) / 1e9:.3g}",
                     f"{measurement.copy_fraction(timing):.0%}",
@@ -97,32 +106,34 @@ def _times(measurements: Sequence[tuple[Row, Measurement]]) -> str:
             )
         lines.extend(("", name, "not installed", *[""] * 6) for name in measurement.absent)
     heads = ("operator", "form", "median", "time", "GB/s", "of a copy", "GFLOP/s", "of a product", "samples")
-    return _table(heads, lines, right=range(2, 9))
+    return table(heads, lines, right=range(2, 9))
 
 
 def _steps(steps: dict[str, Timing]) -> str:
     empty = next(iter(steps.values())).median
-    lines = [(name, _time(timing.median), f"{timing.median / empty:.2f}x") for name, timing in steps.items()]
-    return _table(("step", "median", "of an empty operator"), lines, right=(1, 2))
+    lines = [
+        (name, time_text(timing.median), f"{timing.median / empty:.2f}x") for name, timing in steps.items()
+    ]
+    return table(("step", "median", "of an empty operator"), lines, right=(1, 2))
 
 
 def _models(models: dict[str, dict[str, float]]) -> str:
     lines = []
     for layout, numbers in models.items():
-        cells = [_time(numbers[key]) if key in numbers else "–" for key in (DEFAULT, REFERENCE, COMPILED)]
-        compiling = _time(numbers["compile"]) if "compile" in numbers else "–"
+        cells = [time_text(numbers[key]) if key in numbers else "–" for key in (DEFAULT, REFERENCE, COMPILED)]
+        compiling = time_text(numbers["compile"]) if "compile" in numbers else "–"
         lines.append((LAYOUTS[layout][0], *cells, compiling))
     heads = ("layout", "default", "reference", "reference, torch.compile", "compiling it")
-    return _table(heads, lines, right=range(1, 5))
+    return table(heads, lines, right=range(1, 5))
 
 
-def _table(heads: Sequence[str], lines: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
+def table(heads: Sequence[str], lines: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
     aligned = set(right)
     rule = ["---:" if column in aligned else "---" for column in range(len(heads))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rule, *lines))
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
     if seconds < 1e-3:
         return f"{1e6 * seconds:.3g} µs"
     return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

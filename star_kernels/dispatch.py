@@ -200,6 +200,12 @@ def available(operator: str, tensor: Tensor) -> tuple[str, ...]:
     return tuple(name for name in BACKENDS if name in forms and forms[name].problem(tensor) is None)
 
 
+def fastest(operator: str, tensor: Tensor) -> tuple[str, ...]:
+    """The same without those that are taken by name only: the first is what ``backend=None`` takes."""
+    forms = _implementations[operator]
+    return tuple(name for name in available(operator, tensor) if not forms[name].by_name_only)
+
+
 def operators() -> tuple[str, ...]:
     """The names of all operators that have an implementation."""
     return tuple(sorted(_implementations))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import star_kernels
 from star.bench.cases import CASES, STEPS, Case, Fill, case, tensors
+from star.bench.gpu_peers import GPU_PEERS
 from star.bench.peers import PEERS, load
 from star.bench.timing import (
     COMPILE_CALLS,
@@ -41,6 +42,7 @@ __all__ = [
     "Timing",
     "calls",
     "case",
+    "device_named",
     "measure",
 ]
 
@@ -151,6 +153,7 @@ def measure(
     seconds: float = 2.0,
     compiled: bool = False,
     peers: tuple[str, ...] = ("",),
+    backends: tuple[str, ...] | None = None,
 ) -> Measurement:
     """Times every backend that covers the case, and its peers, in turns, for about `seconds` in all.
 
@@ -161,6 +164,7 @@ def measure(
             minutes where the reference is a loop over tokens.
         peers: starts of the names of those that are timed, where they are installed; all by default. What
             takes longer than `star.bench.timing.LONG_CALL` is called once, whatever `seconds` says.
+        backends: those of ours that are timed, the first as the default; by default all that cover the case.
 
     Raises:
         ValueError: no such dtype, device or passes, or backward of an operator that has none.
@@ -171,24 +175,27 @@ def measure(
         raise ValueError(f"passes is {passes!r}, takes one of {', '.join(PASSES)}")
     if passes != "forward" and not case.gradients:
         raise ValueError(f"{case.operator} has no backward pass")
-    place = _device(device)
+    place = device_named(device)
     compile_seconds: float | None = None
     arguments = case.make(case.sizes, Fill.seeded(DTYPES[dtype], place))
     with threads_set(threads):
-        backends = _backend_calls(case, arguments, passes, compiled)
+        ours = _backend_calls(case, arguments, passes, compiled, backends)
         others, absent = _peer_calls(case, arguments, passes, peers)
         with torch.no_grad():
-            results = getattr(star_kernels, case.operator)(*arguments, **case.options(case.sizes))
+            function = getattr(star_kernels, case.operator)
+            named = None if backends is None else backends[0]
+            results = function(*arguments, **case.options(case.sizes), backend=named)
         moved = case.bytes_moved(passes, arguments, results)
         product, product_operations = matrix_product_call(DTYPES[dtype], place)
         yardsticks = {_COPY: copy_call(moved, place), _PRODUCT: product}
         with torch.set_grad_enabled(passes != "forward"):
             if compiled:
-                compile_seconds, problem = _compile(backends[COMPILED])
+                compile_seconds, problem = _compile(ours[COMPILED])
                 if problem:
-                    del backends[COMPILED]
+                    del ours[COMPILED]
                     absent[COMPILED] = problem
-            timings = interleaved({**backends, **others, **yardsticks}, seconds, place)
+            absent |= _drop_failing(others)
+            timings = interleaved({**ours, **others, **yardsticks}, seconds, place)
         used = torch.get_num_threads()
     return Measurement(
         operator=case.operator,
@@ -199,7 +206,7 @@ def measure(
         passes=passes,
         bytes=moved,
         operations=case.operations(passes),
-        backends=tuple(timings[name] for name in backends),
+        backends=tuple(timings[name] for name in ours),
         peers=tuple(timings[name] for name in others),
         absent=absent,
         copy=timings[_COPY],
@@ -210,18 +217,28 @@ def measure(
 
 
 def calls(
-    case: Case, passes: str = "forward", *, dtype: str = "float32", device: str = "cpu"
+    case: Case,
+    passes: str = "forward",
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    backends: tuple[str, ...] | None = None,
 ) -> dict[str, Callable[[], object]]:
     """What `measure` times, by name, for another clock: the backends, the default first, and the peers.
 
     To be called with gradients enabled, but for "forward".
     """
-    arguments = case.make(case.sizes, Fill.seeded(DTYPES[dtype], _device(device)))
+    arguments = case.make(case.sizes, Fill.seeded(DTYPES[dtype], device_named(device)))
     peers, _ = _peer_calls(case, arguments, passes, ("",))
-    return _backend_calls(case, arguments, passes, compiled=False) | peers
+    return _backend_calls(case, arguments, passes, compiled=False, backends=backends) | peers
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The device that a user named.
+
+    Raises:
+        ValueError: it is none that operators are timed on, or not in this machine.
+    """
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -234,7 +251,7 @@ def _device(name: str) -> torch.device:
 
 
 def _backend_calls(
-    case: Case, arguments: tuple[Any, ...], passes: str, compiled: bool
+    case: Case, arguments: tuple[Any, ...], passes: str, compiled: bool, backends: tuple[str, ...] | None
 ) -> dict[str, Callable[[], object]]:
     function, options = getattr(star_kernels, case.operator), case.options(case.sizes)
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
@@ -242,7 +259,7 @@ def _backend_calls(
     def on(backend: str) -> Callable[..., Any]:
         return partial(function, **options, backend=backend)
 
-    functions = {backend: on(backend) for backend in dispatch.available(case.operator, first)}
+    functions = {backend: on(backend) for backend in backends or dispatch.fastest(case.operator, first)}
     if compiled:
         functions[COMPILED] = torch.compile(on("reference"), dynamic=False)
     return {
@@ -266,8 +283,9 @@ def _peer_calls(
     case: Case, arguments: tuple[Any, ...], passes: str, names: tuple[str, ...]
 ) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
     calls, absent = {}, {}
-    for peer in PEERS.get(case.operator, ()):
-        if not peer.name.startswith(names):
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    for peer in (*PEERS.get(case.operator, ()), *GPU_PEERS.get(case.operator, ())):
+        if not peer.name.startswith(names) or device.type not in peer.devices:
             continue
         function = load(peer)
         if isinstance(function, str):
@@ -275,6 +293,23 @@ def _peer_calls(
         else:
             calls[peer.name] = _call(function, peer.arrange(*_fresh(arguments)), passes, peer.constants)
     return calls, absent
+
+
+def _drop_failing(peers: dict[str, Callable[[], object]]) -> dict[str, str]:
+    """Takes out the peers that can't answer the call at all, on a GPU; says why by name.
+
+    A package of another version, a size that it does not take or too little memory must not end a run.
+    """
+    problems = {}
+    for name, call in list(peers.items()):
+        try:
+            if torch.cuda.is_available():  # on a CPU all of them are known to run, and some take minutes
+                call()
+                torch.cuda.synchronize()
+        except Exception as error:
+            del peers[name]
+            problems[name] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    return problems
 
 
 def _fresh(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -45,6 +45,8 @@ class Peer:
         arrange: from our case's arguments to the peer's.
         restore: from its result to ours.
         constants: positions of its arguments without a gradient.
+        devices: on which it is timed. Loops over tokens in Python would take minutes on a GPU, and GPU
+            packages run on no CPU.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Peer:
     arrange: Callable[..., tuple[Any, ...]] = _same
     restore: Callable[[Any], Tensor] = _as_it_is
     constants: tuple[int, ...] = ()
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 def load(peer: Peer) -> Callable[..., Any] | str:
@@ -243,6 +246,7 @@ def _decay_before_beta(
 # --------------------------------------------------------------------------------------------------------
 # The table
 
+_CPU = ("cpu",)
 _CONV_LAYOUT: dict[str, Any] = {"arrange": _all_channels_first, "restore": _channels_last}
 _HEADS_LAYOUT: dict[str, Any] = {"arrange": _heads_first, "restore": _channels_last}
 
@@ -256,17 +260,17 @@ PEERS: dict[str, tuple[Peer, ...]] = {
         _composed("composed, (B, L, D)", _gated_short_conv_last),
     ),
     "long_conv": (
-        _composed("rfft, (B, D, L)", _rfft_first, **_CONV_LAYOUT),
-        _composed("rfft, (B, L, D)", _rfft_last),
+        _composed("rfft, (B, D, L)", _rfft_first, **_CONV_LAYOUT, devices=_CPU),
+        _composed("rfft, (B, L, D)", _rfft_last, devices=_CPU),
     ),
     "gated_long_conv": (
-        _composed("rfft, (B, D, L)", _gated_rfft_first, **_CONV_LAYOUT),
-        _composed("rfft, (B, L, D)", _gated_rfft_last),
+        _composed("rfft, (B, D, L)", _gated_rfft_first, **_CONV_LAYOUT, devices=_CPU),
+        _composed("rfft, (B, L, D)", _gated_rfft_last, devices=_CPU),
     ),
     "linear_scan": (
-        _composed("Python loop, by index", _scan_by_index),
-        _composed("Python loop, unbound", _scan_unbound),
-        Peer("transformers RecurrentGemma scan", _rnn_scan, _with_no_reset),
+        _composed("Python loop, by index", _scan_by_index, devices=_CPU),
+        _composed("Python loop, unbound", _scan_unbound, devices=_CPU),
+        Peer("transformers RecurrentGemma scan", _rnn_scan, _with_no_reset, devices=_CPU),
     ),
     "selective_scan": (
         Peer(
@@ -274,28 +278,32 @@ PEERS: dict[str, tuple[Peer, ...]] = {
             _transformers("mamba", "mamba_selective_scan"),
             _all_channels_first,
             _channels_last,
+            devices=_CPU,
         ),
     ),
     "gated_linear_attention": (
-        Peer("transformers mamba2_chunk_scan", _chunk_scan, _as_mamba2, constants=(2,)),
-        Peer("fla naive_chunk_simple_gla", _fla("simple_gla", "naive_chunk_simple_gla")),
-        Peer("fla naive_parallel_simple_gla", _fla("simple_gla", "naive_parallel_simple_gla")),
+        Peer("transformers mamba2_chunk_scan", _chunk_scan, _as_mamba2, constants=(2,), devices=_CPU),
+        Peer("fla naive_chunk_simple_gla", _fla("simple_gla", "naive_chunk_simple_gla"), devices=_CPU),
+        Peer("fla naive_parallel_simple_gla", _fla("simple_gla", "naive_parallel_simple_gla"), devices=_CPU),
     ),
     "gated_delta_rule": (
         Peer(
             "transformers torch_chunk_gated_delta_rule",
             _transformers("qwen3_next", "torch_chunk_gated_delta_rule"),
             _decay_before_beta,
+            devices=_CPU,
         ),
         Peer(
             "transformers torch_recurrent_gated_delta_rule",
             _transformers("qwen3_next", "torch_recurrent_gated_delta_rule"),
             _decay_before_beta,
+            devices=_CPU,
         ),
         Peer(
             "fla naive_chunk_gated_delta_rule",
             _fla("gated_delta_rule", "naive_chunk_gated_delta_rule"),
             _decay_before_beta,
+            devices=_CPU,
         ),
     ),
     "attention": (_composed("torch SDPA", _sdpa, **_HEADS_LAYOUT),),

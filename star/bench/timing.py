@@ -28,6 +28,7 @@ COMPILE_CALLS = 3
 """Calls until torch.compile has settled: it may compile once more when it meets what the first call left."""
 
 MATRIX_SIZE = 1024
+GPU_MATRIX_SIZE = 8192
 """The yardstick of arithmetic multiplies two square matrices of this size."""
 
 _FEWEST_ROUNDS = 3
@@ -106,13 +107,15 @@ def threads_set(threads: int | None) -> Iterator[None]:
 
 def copy_call(bytes_moved: int, device: torch.device) -> Callable[[], object]:
     """Reads and writes `bytes_moved` together, between two tensors that exist already."""
-    source = torch.zeros(max(1, bytes_moved // 2), dtype=torch.uint8, device=device)
+    # Random, as all operands here: power-saving makes a GPU faster on zeros than on real data.
+    source = torch.randint(256, (max(1, bytes_moved // 2),), dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     return lambda: target.copy_(source)
 
 
 def matrix_product_call(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], object], int]:
     """A product of two square matrices, and its floating-point operations."""
-    left, right = torch.ones(2, MATRIX_SIZE, MATRIX_SIZE, dtype=dtype, device=device)
+    size = GPU_MATRIX_SIZE if device.type == "cuda" else MATRIX_SIZE
+    left, right = torch.randn(2, size, size, device=device).to(dtype)
     product = torch.empty_like(left)
-    return lambda: torch.mm(left, right, out=product), 2 * MATRIX_SIZE**3
+    return lambda: torch.mm(left, right, out=product), 2 * size**3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -33,6 +34,10 @@ def bench(
         bool, typer.Option("--peers/--no-peers", help="Also other packages; some take minutes.")
     ] = True,
     seconds: Annotated[float, typer.Option(min=0.0, help="About as long for each operator.")] = 2.0,
+    tune: Annotated[
+        Path | None,
+        typer.Option(metavar="TABLE", help="Instead, tune the Triton kernels and write this table."),
+    ] = None,
     list_them: Annotated[bool, typer.Option("--list", help="Name the operators and their sizes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
@@ -54,6 +59,9 @@ def bench(
             _list([timing.case(name, sizes) for name in names], as_json)
             return
         cases = [timing.case(name, sizes) for name in operators or timing.CASES]
+        if tune is not None:
+            _tune(cases, operators is None, dtype, device, tune, as_json)
+            return
         if backward and operators is None:
             cases = [case for case in cases if case.gradients]
         console, log = screen(as_json), screen(True)
@@ -80,6 +88,43 @@ def bench(
                     say(console, f"not timed: {name} ({reason})", "dim")
     if as_json:
         emit([result.to_json() for result in results])
+
+
+def _tune(cases: list[Case], every: bool, dtype: str, device: str, table: Path, as_json: bool) -> None:
+    """Tunes the kernels of the operators named; of all that have Triton kernels where none is named."""
+    from dataclasses import asdict
+
+    from star import bench as timing
+    from star.bench.tune import tune, write_table
+    from star.commands.terminal import emit, say, screen
+    from star_kernels import dispatch
+
+    if dtype not in timing.DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, takes one of {', '.join(timing.DTYPES)}")
+    place = timing.device_named(device)
+    if every:
+        cases = [case for case in cases if dispatch.form(case.operator, "triton") is not None]
+        if not cases:
+            raise ValueError(f"device is {device!r}; the Triton kernels to tune need a GPU")
+    console, log = screen(as_json), screen(True)
+    with log.status("tuning") as status:
+        tuned = tune(
+            cases,
+            dtype=timing.DTYPES[dtype],
+            device=place,
+            tell=lambda text: status.update(f"tuning {text}"),
+        )
+    write_table(tuned, table, place)
+    if as_json:
+        emit([asdict(line) for line in tuned])
+        return
+    for line in tuned:
+        blocks = ", ".join(f"{name} {value}" for name, value in line.configuration.items())
+        say(
+            console,
+            f"{line.kernel:36} {line.shape:24} {1e6 * line.seconds:9.1f} µs {line.gain:5.2f}x  {blocks}",
+        )
+    say(console, f"{len(tuned)} kernels in {table}; STAR_KERNELS_TABLE={table} makes star_kernels use it")
 
 
 def _sizes(text: str) -> list[int]:

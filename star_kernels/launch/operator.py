@@ -35,10 +35,10 @@ class Operator:
         self.name = name
         self.function = function
         self.public_name = public_name or name
-        self._definition = torch.library.custom_op(
+        self.definition = torch.library.custom_op(
             f"{NAMESPACE}::{name}", function, mutates_args=(), schema=schema
         )
-        self._definition.register_fake(function)
+        self.definition.register_fake(function)
         self._eager: type[torch.autograd.Function] | None = None
 
     def differentiate(
@@ -52,7 +52,7 @@ class Operator:
             setup_context: (ctx, arguments, results): saves what backward needs.
             partner: the operator that computes the gradients.
         """
-        self._definition.register_autograd(backward, setup_context=setup_context)
+        self.definition.register_autograd(backward, setup_context=setup_context)
         self._eager = eager_function(self.function, backward, setup_context)
         partner._refuse_derivative(self.public_name)
 
@@ -66,7 +66,7 @@ class Operator:
         def save_nothing(ctx: Any, arguments: Any, results: Any) -> None:
             pass
 
-        self._definition.register_autograd(refuse)
+        self.definition.register_autograd(refuse)
         self._eager = eager_function(self.function, refuse, save_nothing)
 
     def register(self, public: Callable[..., Any]) -> None:
@@ -82,7 +82,7 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return self._definition(*arguments)
+            return self.definition(*arguments)
         if self._eager is not None and needs_gradient(arguments):
             return self._eager.apply(*arguments)
         return self.function(*arguments)

@@ -19,10 +19,17 @@ DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Relative error ‖a − b‖ / ‖b‖ allowed in each dtype."""
 
 
-def cast(case: Case, dtype: torch.dtype, layout: Callable[[Tensor], Tensor] = lambda t: t) -> dict[str, Any]:
+def cast(
+    case: Case,
+    dtype: torch.dtype,
+    layout: Callable[[Tensor], Tensor] = lambda t: t,
+    device: str = "cpu",
+) -> dict[str, Any]:
     """The case's arguments in ``dtype``, rounded there, as leaves that ask for gradients."""
     arguments = {}
     for name, value in case.make(Maker()).items():
+        if isinstance(value, Tensor):
+            value = value.to(device)
         if isinstance(value, Tensor) and value.is_floating_point():
             wide = dtype if dtype == torch.float64 or name not in case.float32 else torch.float32
             value = layout(value.to(wide)).detach().requires_grad_(name not in case.constant)
@@ -31,10 +38,12 @@ def cast(case: Case, dtype: torch.dtype, layout: Callable[[Tensor], Tensor] = la
 
 
 def widen(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same numbers in float64."""
+    """The same numbers in float64, on the CPU."""
     return {
-        name: value.detach().double().requires_grad_(value.requires_grad)
+        name: value.detach().cpu().double().requires_grad_(value.requires_grad)
         if isinstance(value, Tensor) and value.is_floating_point()
+        else value.cpu()
+        if isinstance(value, Tensor)
         else value
         for name, value in arguments.items()
     }
@@ -46,12 +55,12 @@ def run(operator: str, arguments: dict[str, Any], backend: str) -> dict[str, Ten
     outputs = list(flatten(result))
     leaves = {n: v for n, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad}
     draw = Maker(1)
-    loss = sum((output.double() * draw.normal(*output.shape)).sum() for output in outputs)
+    loss = sum((output.double() * draw.normal(*output.shape).to(output.device)).sum() for output in outputs)
     gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     named = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
     for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
         named[f"gradient of {name}"] = torch.zeros_like(leaf) if gradient is None else gradient
-    return named
+    return {name: value.cpu() for name, value in named.items()}
 
 
 def flatten(result: Any) -> list[Tensor]:
@@ -78,17 +87,36 @@ def backends(case: Case) -> list[str]:
     return fast if case.interpreted else [name for name in fast if name != "triton"]
 
 
+def places(case: Case) -> list[tuple[str, str, Any]]:
+    """Where a case is tried: backend, device, marks. A GPU's forms are listed without one, and skipped."""
+    gpu = [name for name in ("cuda", "triton") if dispatch.form(case.operator, name) is not None]
+    here = [(backend, "cpu", ()) for backend in backends(case)]
+    return [*here, *((backend, "cuda", pytest.mark.gpu) for backend in gpu)]
+
+
+def label(case_id: str, backend: str, device: str, *rest: object) -> str:
+    names = [case_id, backend if device == "cpu" else f"{backend}.{device}", *map(str, rest)]
+    return "-".join(names)
+
+
 ROWS = [
-    pytest.param(case, backend, dtype, id=f"{case.id}-{backend}-{str(dtype).removeprefix('torch.')}")
+    pytest.param(
+        case,
+        backend,
+        device,
+        dtype,
+        marks=marks,
+        id=label(case.id, backend, device, str(dtype).removeprefix("torch.")),
+    )
     for case in CASES
-    for backend in ["reference", *backends(case)]
+    for backend, device, marks in [("reference", "cpu", ()), *places(case)]
     for dtype in DTYPES
 ]
 
 
-@pytest.mark.parametrize(("case", "backend", "dtype"), ROWS)
-def test_agrees_with_the_definition(case: Case, backend: str, dtype: torch.dtype) -> None:
-    arguments = cast(case, dtype)
+@pytest.mark.parametrize(("case", "backend", "device", "dtype"), ROWS)
+def test_agrees_with_the_definition(case: Case, backend: str, device: str, dtype: torch.dtype) -> None:
+    arguments = cast(case, dtype, device=device)
     wanted = run(case.operator, widen(arguments), "reference")
     got = run(case.operator, arguments, backend)
     assert got.keys() == wanted.keys()
@@ -119,47 +147,51 @@ def transposed(tensor: Tensor) -> Tensor:
 
 
 LAYOUT_ROWS = [
-    pytest.param(case, backend, layout, id=f"{case.id}-{backend}-{layout.__name__}")
+    pytest.param(
+        case, backend, device, layout, marks=marks, id=label(case.id, backend, device, layout.__name__)
+    )
     for case in CASES
-    for backend in backends(case)
+    for backend, device, marks in places(case)
     for layout in (fused_view, transposed)
 ]
 
 
-@pytest.mark.parametrize(("case", "backend", "layout"), LAYOUT_ROWS)
-def test_strides_do_not_matter(case: Case, backend: str, layout: Callable[[Tensor], Tensor]) -> None:
-    plain = run(case.operator, cast(case, torch.float32), backend)
-    viewed = run(case.operator, cast(case, torch.float32, layout), backend)
+@pytest.mark.parametrize(("case", "backend", "device", "layout"), LAYOUT_ROWS)
+def test_strides_do_not_matter(
+    case: Case, backend: str, device: str, layout: Callable[[Tensor], Tensor]
+) -> None:
+    plain = run(case.operator, cast(case, torch.float32, device=device), backend)
+    viewed = run(case.operator, cast(case, torch.float32, layout, device), backend)
     for name in plain:
         assert error(viewed[name], plain[name].double()) < 1e-6, name
 
 
 FIRST_CASES = list({case.operator: case for case in reversed(CASES)}.values())
 FIRST_ROWS = [
-    pytest.param(case, backend, id=f"{case.operator}-{backend}")
+    pytest.param(case, backend, device, marks=marks, id=label(case.operator, backend, device))
     for case in FIRST_CASES
-    for backend in fast_backends(case.operator)
+    for backend, device, marks in places(case)
 ]
 
 
-@pytest.mark.parametrize(("case", "backend"), FIRST_ROWS)
-def test_same_bits_whatever_the_threads(case: Case, backend: str) -> None:
+@pytest.mark.parametrize(("case", "backend", "device"), FIRST_ROWS)
+def test_same_bits_whatever_the_threads(case: Case, backend: str, device: str) -> None:
     if backend == "torch":
         pytest.skip("PyTorch promises the same bits for the same number of threads only")
     results = []
     for threads in (1, 2, 1):
         torch.set_num_threads(threads)
-        results.append(run(case.operator, cast(case, torch.float32), backend))
+        results.append(run(case.operator, cast(case, torch.float32, device=device), backend))
     torch.set_num_threads(1)
     for name in results[0]:
         assert all(torch.equal(results[0][name], other[name]) for other in results[1:]), name
 
 
-@pytest.mark.parametrize(("case", "backend"), FIRST_ROWS)
-def test_compiles_without_graph_breaks(case: Case, backend: str) -> None:
+@pytest.mark.parametrize(("case", "backend", "device"), FIRST_ROWS)
+def test_compiles_without_graph_breaks(case: Case, backend: str, device: str) -> None:
     torch._dynamo.reset()
     function = getattr(star_kernels, case.operator)
-    arguments = cast(case, torch.float32)
+    arguments = cast(case, torch.float32, device=device)
     compiled = torch.compile(lambda **a: function(**a, backend=backend), fullgraph=True, backend="aot_eager")
     wanted = flatten(function(**arguments, backend=backend))
     for got, other in zip(flatten(compiled(**arguments)), wanted, strict=True):
@@ -181,9 +213,9 @@ def test_gradient_checkpointing(case: Case) -> None:
         assert (wanted is None and got is None) or torch.equal(wanted, got)
 
 
-@pytest.mark.parametrize(("case", "backend"), FIRST_ROWS)
-def test_second_derivatives_are_right_or_refused(case: Case, backend: str) -> None:
-    arguments = cast(case, torch.float32)
+@pytest.mark.parametrize(("case", "backend", "device"), FIRST_ROWS)
+def test_second_derivatives_are_right_or_refused(case: Case, backend: str, device: str) -> None:
+    arguments = cast(case, torch.float32, device=device)
     leaves = [v for v in arguments.values() if isinstance(v, Tensor) and v.requires_grad]
     loss = sum(
         output.square().sum()
@@ -210,17 +242,17 @@ def test_second_derivatives_are_right_or_refused(case: Case, backend: str) -> No
     for got, right in zip(second, wanted, strict=True):
         assert got is not None or right is None
         if right is not None:
-            assert error(got, right) < 1e-4
+            assert error(got.cpu(), right) < 1e-4
 
 
-@pytest.mark.parametrize(("case", "backend"), FIRST_ROWS)
-def test_autocast(case: Case, backend: str) -> None:
-    arguments = {n: v for n, v in cast(case, torch.float32).items()}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+@pytest.mark.parametrize(("case", "backend", "device"), FIRST_ROWS)
+def test_autocast(case: Case, backend: str, device: str) -> None:
+    arguments = {n: v for n, v in cast(case, torch.float32, device=device).items()}
+    with torch.autocast(device, dtype=torch.bfloat16):
         outputs = flatten(getattr(star_kernels, case.operator)(**arguments, backend=backend))
     wanted = flatten(getattr(star_kernels, case.operator)(**widen(arguments), backend="reference"))
     for got, right in zip(outputs, wanted, strict=True):
-        assert error(got.detach(), right.detach()) < 3e-2 * case.tolerance
+        assert error(got.detach().cpu(), right.detach()) < 3e-2 * case.tolerance
 
 
 def compiled_operators() -> list[str]:
@@ -256,3 +288,31 @@ def test_opcheck(operator: str) -> None:
 
 STEPLESS_TORCH_FORMS = frozenset({"attention"})
 """Operators whose "cpp" form may rest on torch's own kernels alone."""
+
+
+def triton_operators() -> list[str]:
+    return sorted({case.operator for case in CASES if dispatch.form(case.operator, "triton") is not None})
+
+
+@pytest.mark.parametrize("operator", triton_operators())
+def test_opcheck_of_triton_operators(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for the operators that launch Triton kernels; eager calls go past the dispatcher to them."""
+    from star_kernels.launch import INTERPRETED, Operator
+
+    if not INTERPRETED and not torch.cuda.is_available():
+        pytest.skip("needs Triton's interpreter or a GPU")
+    calls: list[tuple[Any, Any]] = []
+    original = Operator.__call__
+
+    def record(self: Operator, *arguments: Any) -> Any:
+        calls.append((self.definition, arguments))
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Operator, "__call__", record)
+    case = next(case for case in CASES if case.operator == operator)
+    run(operator, cast(case, torch.float32, device="cpu" if INTERPRETED else "cuda"), "triton")
+    monkeypatch.undo()
+    assert calls
+    for definition, arguments in calls:
+        detached = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), arguments)
+        torch.library.opcheck(definition, detached)

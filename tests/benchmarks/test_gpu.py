@@ -1,0 +1,54 @@
+"""The GPU benchmark's whole path, on the CPU: Triton's interpreter, tiny sizes, a few operators."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+OPERATORS = ("glu", "gated_long_conv", "gru_scan", "linear_cross_entropy")
+
+
+def benchmark(*arguments: str, interpreted: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if interpreted else "0"}
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_whole_path_runs_in_the_interpreter(tmp_path: Path) -> None:
+    named = [word for operator in OPERATORS for word in ("--operator", operator)]
+    done = benchmark("--device", "cpu", "--quick", "--no-tests", "--out", str(tmp_path), *named)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "triton-s-interpreter.json").read_text())
+    assert {measured["operator"] for measured in results["operators"]} == set(OPERATORS)
+    assert results["failures"] == {}
+    assert set(results["first_calls"]["warm"]) == set(OPERATORS)
+    text = (tmp_path / "triton-s-interpreter.md").read_text()
+    assert "nothing about speed" in text
+    assert "665x reference" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "cpu", "--operator", "foo"], "no such operator"),
+        (["--device", "cpu", "--quick"], "name another folder"),
+    ],
+)
+def test_bad_arguments_get_one_line(arguments: list[str], words: str) -> None:
+    done = benchmark(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+def test_the_interpreter_must_be_asked_for() -> None:
+    done = benchmark("--device", "cpu", "--quick", "--out", "x", interpreted=False)
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET=1" in done.stderr
