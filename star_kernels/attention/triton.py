@@ -19,7 +19,7 @@ Long blocks come first in the grid, and the blocks of one head come together, so
 read from the L2 cache. Configurations with LOADS 2 read keys and values (in backward: queries and dy) by
 tensor descriptors, which the TMA unit of sm_90 and later serves; other devices compile them to pointers.
 
-Heads wider than 256 take PyTorch's kernel or the reference.
+Heads of more than 512 bytes (256 wide in half precision) take the form "torch".
 """
 
 from __future__ import annotations
@@ -32,27 +32,35 @@ import triton.language as tl
 from torch import Tensor
 
 from star_kernels.attention import fused
+from star_kernels.attention import triton_diff as triton_diff
 from star_kernels.attention.triton_blocks import (
     LOG2_E,
     accumulate,
     allow_descriptors,
+    blocks_of,
+    by_width,
     described,
     finish,
+    key_grid,
+    key_parts,
+    label,
     padded,
     phases,
     positive,
     precision,
     products,
     put_tile,
+    query_grid,
     row_source,
     strides,
+    summed,
     tile,
+    too_wide,
     visibility,
     visible_pairs,
 )
-from star_kernels.launch import Configuration, Kernel, Operator, cdiv, rows
+from star_kernels.launch import Kernel, Operator, rows
 
-WIDEST = 256
 _LENGTHS = ("query_count", "key_count", "heads", "group", "behind", "ahead")
 
 
@@ -244,76 +252,68 @@ def _key_gradients(
 # Configurations
 
 
-def _blocks(queries: int, keys: int, loads: int, num_warps: int, num_stages: int) -> Configuration:
-    return Configuration({"QUERIES": queries, "KEYS": keys, "LOADS": loads}, num_warps, num_stages)
-
-
-def row_bytes(arguments: dict[str, Any]) -> int:
-    """Of the widest row that a tile holds."""
-    size: int = arguments["q"].element_size()
-    return size * max(arguments["WIDTH"], arguments["VALUE_WIDTH"])
-
-
-def label(arguments: dict[str, Any]) -> str:
-    return (
-        f"head_dim={arguments['WIDTH']},value_dim={arguments['VALUE_WIDTH']},"
-        f"bytes={arguments['q'].element_size()}"
-    )
-
-
-def by_row_bytes(*sizes: tuple[int, Configuration]) -> Any:
-    """The first configuration whose limit of bytes a row holds the launch's rows."""
-
-    def choose(arguments: dict[str, Any]) -> Configuration:
-        needed = row_bytes(arguments)
-        return next(configuration for limit, configuration in sizes if needed <= limit)
-
-    return choose
-
-
-_TINY = _blocks(16, 16, 1, 4, 1)
-_NARROW = _blocks(64, 64, 1, 4, 2)
+# What any device runs (in float32, products take far more registers).
+_SAFE_FORWARD = {
+    2: ((128, blocks_of(64, 64, 1, 4, 2)), (256, blocks_of(64, 32, 1, 8, 1))),
+    4: ((64, blocks_of(64, 32, 1, 8, 2)), (128, blocks_of(32, 32, 1, 8, 1))),
+}
+_SAFE_QUERIES = {
+    2: (
+        (64, blocks_of(64, 64, 1, 4, 2)),
+        (128, blocks_of(64, 32, 1, 4, 2)),
+        (256, blocks_of(32, 16, 1, 4, 1)),
+    ),
+    4: ((64, blocks_of(64, 32, 1, 8, 2)), (128, blocks_of(16, 16, 1, 8, 1))),
+}
+_SAFE_KEYS = {
+    2: (
+        (64, blocks_of(32, 64, 1, 4, 2)),
+        (128, blocks_of(32, 64, 1, 4, 2)),
+        (256, blocks_of(16, 32, 1, 4, 1)),
+    ),
+    4: ((64, blocks_of(32, 64, 1, 8, 2)), (128, blocks_of(16, 32, 1, 8, 1))),
+}
 FORWARD = Kernel(
     "attention_forward",
     _forward,
     (
-        _NARROW,
-        _blocks(128, 64, 1, 8, 3),
-        _blocks(128, 128, 1, 8, 3),
-        _blocks(128, 128, 2, 8, 3),
-        _blocks(128, 128, 2, 8, 2),
-        _blocks(128, 64, 2, 4, 3),
-        _blocks(64, 128, 2, 4, 2),
+        _SAFE_FORWARD[2][0][1],
+        blocks_of(128, 64, 1, 8, 3),
+        blocks_of(128, 128, 1, 8, 2),
+        blocks_of(128, 128, 2, 8, 3),
+        blocks_of(128, 128, 2, 8, 2),
+        blocks_of(128, 64, 2, 8, 3),
+        blocks_of(64, 128, 2, 4, 2),
     ),
     shape=label,
-    choose=by_row_bytes((256, _NARROW), (512, _blocks(32, 32, 1, 4, 1)), (1024, _TINY)),
+    choose=by_width(_SAFE_FORWARD),
 )
 QUERY_GRADIENT = Kernel(
     "attention_backward_queries",
     _query_gradient,
     (
-        _NARROW,
-        _blocks(128, 64, 1, 8, 2),
-        _blocks(128, 64, 2, 8, 3),
-        _blocks(128, 128, 2, 8, 2),
-        _blocks(64, 64, 2, 4, 3),
+        _SAFE_QUERIES[2][0][1],
+        blocks_of(128, 64, 1, 8, 2),
+        blocks_of(128, 64, 2, 8, 3),
+        blocks_of(128, 128, 2, 8, 2),
+        blocks_of(64, 64, 2, 4, 3),
     ),
     shape=label,
-    choose=by_row_bytes((128, _NARROW), (256, _blocks(64, 32, 1, 4, 2)), (1024, _TINY)),
+    choose=by_width(_SAFE_QUERIES),
 )
 KEY_GRADIENTS = Kernel(
     "attention_backward_keys",
     _key_gradients,
     (
-        _NARROW,
-        _blocks(64, 128, 1, 8, 2),
-        _blocks(64, 128, 2, 8, 2),
-        _blocks(64, 128, 2, 8, 3),
-        _blocks(32, 128, 1, 4, 2),
-        _blocks(64, 64, 2, 4, 2),
+        _SAFE_KEYS[2][0][1],
+        blocks_of(64, 128, 1, 8, 2),
+        blocks_of(64, 128, 2, 8, 2),
+        blocks_of(64, 128, 2, 8, 3),
+        blocks_of(32, 128, 2, 8, 3),
+        blocks_of(64, 64, 2, 4, 2),
     ),
     shape=label,
-    choose=by_row_bytes((128, _NARROW), (256, _blocks(32, 64, 1, 4, 2)), (1024, _TINY)),
+    choose=by_width(_SAFE_KEYS),
 )
 
 
@@ -339,28 +339,6 @@ def _settings(
         "WIDTH": padded(q.shape[3]),
         "VALUE_WIDTH": padded(v.shape[3]),
     }
-
-
-def query_grid(batch: int, heads: int, queries: int) -> Any:
-    return lambda blocks: (batch * heads * cdiv(queries, blocks["QUERIES"]),)
-
-
-def key_grid(batch: int, parts: int, keys: int) -> Any:
-    return lambda blocks: (batch * parts * cdiv(keys, blocks["KEYS"]),)
-
-
-def key_parts(batch: int, heads: int, key_heads: int, keys: int) -> int:
-    """By how many programs a block of keys' gradients is summed, over all heads: one for each key head, or,
-    where those would not fill a GPU of some 132 multiprocessors twice, one for each query head."""
-    programs = batch * key_heads * cdiv(keys, 128)
-    return key_heads if programs >= 264 else heads
-
-
-def summed(parts: Tensor, key_heads: int, like: Tensor) -> Tensor:
-    """(B, L, parts, D) float32 partial sums as (B, L, key_heads, D); key_heads divides parts."""
-    if parts.shape[2] == key_heads:
-        return parts
-    return parts.unflatten(2, (key_heads, parts.shape[2] // key_heads)).sum(dim=3).to(like.dtype)
 
 
 def _attention(
@@ -467,8 +445,8 @@ def attention(
     softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`star_kernels.attention`. Heads wider than 256 take PyTorch's kernel or the reference."""
-    if max(q.shape[3], v.shape[3]) > WIDEST:
+    """See :func:`star_kernels.attention`; heads over 512 bytes take the form "torch"."""
+    if too_wide(q, v):
         return fused.attention(
             q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, cu_seqlens=cu_seqlens
         )

@@ -15,6 +15,7 @@ so that the pipeline of loads runs through them without a stop.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from star_kernels.launch import operand_type
+from star_kernels.launch import INTERPRETED, Configuration, cdiv, operand_type
 
 LOG2_E = 1.4426950408889634
 
@@ -225,6 +226,33 @@ def precision(tensor: Tensor) -> dict[str, Any]:
     return {"OPERAND": operand_type(tensor.dtype)}
 
 
+def query_grid(batch: int, heads: int, queries: int) -> Any:
+    return lambda blocks: (batch * heads * cdiv(queries, blocks["QUERIES"]),)
+
+
+def key_grid(batch: int, parts: int, keys: int) -> Any:
+    return lambda blocks: (batch * parts * cdiv(keys, blocks["KEYS"]),)
+
+
+def key_parts(batch: int, heads: int, key_heads: int, keys: int) -> int:
+    """By how many programs a block of keys' gradients is summed, over all heads: one for each key head, or,
+    where those would not fill a GPU of some 132 multiprocessors twice, one for each query head."""
+    programs = batch * key_heads * cdiv(keys, 128)
+    return key_heads if programs >= 264 else heads
+
+
+def summed(parts: Tensor, key_heads: int, like: Tensor) -> Tensor:
+    """(B, L, parts, D) float32 partial sums as (B, L, key_heads, D); key_heads divides parts."""
+    if parts.shape[2] == key_heads:
+        return parts
+    return parts.unflatten(2, (key_heads, parts.shape[2] // key_heads)).sum(dim=3).to(like.dtype)
+
+
+def too_wide(*tensors: Tensor) -> bool:
+    """Whether the tiles of these (B, L, H, D) would not fit the registers."""
+    return any(tensor.shape[3] * tensor.element_size() > 512 for tensor in tensors)
+
+
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
@@ -239,3 +267,37 @@ def allow_descriptors() -> None:
 
 
 allow_descriptors()
+
+
+# --------------------------------------------------------------------------------------------------------
+# Configurations
+
+
+def blocks_of(queries: int, keys: int, loads: int, num_warps: int, num_stages: int) -> Configuration:
+    return Configuration({"QUERIES": queries, "KEYS": keys, "LOADS": loads}, num_warps, num_stages)
+
+
+def _demanding(arguments: dict[str, Any]) -> bool:
+    """Whether a call takes more registers than its widths say: for a soft cap, or for rows that aren't read
+    in 16 bytes at a time."""
+    ragged = any(arguments[name] % 8 for name in ("DIM", "VALUE_DIM"))
+    return ragged or bool(arguments.get("CAPPED"))
+
+
+def label(arguments: dict[str, Any]) -> str:
+    """What tuned tables tell apart."""
+    return (
+        f"head_dim={arguments['WIDTH']},value_dim={arguments['VALUE_WIDTH']},"
+        f"bytes={arguments['v'].element_size()}{',demanding' if _demanding(arguments) else ''}"
+    )
+
+
+def by_width(sizes: Mapping[int, tuple[tuple[int, Configuration], ...]]) -> Any:
+    """Chooses by the bytes of an element and the width of the widest tile: the first that is wide enough."""
+
+    def choose(arguments: dict[str, Any]) -> Configuration:
+        width = max(arguments["WIDTH"], arguments["VALUE_WIDTH"]) * (2 if _demanding(arguments) else 1)
+        limits = sizes[2 if INTERPRETED else arguments["v"].element_size()]  # there, programs cost
+        return next((configuration for limit, configuration in limits if width <= limit), limits[-1][1])
+
+    return choose
