@@ -35,7 +35,7 @@ from star_kernels.compiled import like
 from star_kernels.convolution import triton_long as triton_long
 from star_kernels.launch import INTERPRETED, Configuration, Kernel, Operator, cdiv, rows
 
-MOST_UNROLLED = 8
+MOST_UNROLLED = 4
 """With more taps than this the loops over taps stay loops: compiled code would grow without bound."""
 
 
@@ -308,11 +308,21 @@ def _states(
     tl.store(result + place, value, (row < TAPS - 1) & (channel < width))
 
 
-def _in_interpreter(arguments: dict[str, Any]) -> Configuration:
-    """The first candidate, and in the interpreter, which pays by the program, larger tiles."""
+def _choose(arguments: dict[str, Any]) -> Configuration:
+    """The first candidate where a thread's registers hold all its loads at once, else small tiles.
+
+    The interpreter, which pays by the program, gets tiles of its own.
+    """
+    backward = "SPAN" in arguments
     if INTERPRETED:
         return Configuration({"TIME": 16, "CHANNELS": 64})
-    return (BACKWARD if "SPAN" in arguments else FORWARD).candidates[0]
+    loads = arguments["TAPS"] * (2 if arguments["GATED"] else 1)
+    is_plain = not (arguments["HAS_STATE"] or arguments["PACKED"] or (backward and arguments["SILU"]))
+    is_aligned = arguments["width"] % 16 == 0  # else every element has a load of its own
+    if is_plain and is_aligned and arguments["x"].dtype != torch.float32 and loads <= 6:
+        return (BACKWARD if backward else FORWARD).candidates[0]
+    tokens = 8 if not backward else 4 if is_aligned else 2
+    return Configuration({"TIME": tokens, "CHANNELS": 256}, num_warps=8, num_stages=1)
 
 
 def _form(arguments: dict[str, Any]) -> str:
@@ -334,7 +344,7 @@ FORWARD = Kernel(
         Configuration({"TIME": 16, "CHANNELS": 256}, num_warps=2, num_stages=1),
     ),
     shape=_form,
-    choose=_in_interpreter,
+    choose=_choose,
 )
 BACKWARD = Kernel(
     "short_conv_backward",
@@ -349,7 +359,7 @@ BACKWARD = Kernel(
         Configuration({"TIME": 8, "CHANNELS": 256}, num_warps=4, num_stages=1),
     ),
     shape=_form,
-    choose=_in_interpreter,
+    choose=_choose,
 )
 STATES = Kernel(
     "short_conv_states",
