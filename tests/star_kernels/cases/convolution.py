@@ -78,7 +78,7 @@ CASES = [
     *both("packed-state", 1, 29, 12, 4, bias=True, state=True, packed=(0, 2, 2, 20, 29)),
     *both("many-chunks", 1, 300, 8, 3, bias=True, state=True, interpreted=False),
     *both("two-spans", 1, 35, 70, 3, bias=True, state=True),
-    *both("nine-taps", 1, 20, 5, 9, state=True, interpreted=False),
+    *both("nine-taps", 1, 20, 5, 9, bias=True, state=True),
     Case(
         "short_conv",
         "silu",
