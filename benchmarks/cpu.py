@@ -34,6 +34,7 @@ from star_kernels.compiled import operator
 
 RESULT = Path(__file__).parent / "results" / "cpu.md"
 EMPTY = "_empty"
+SMALLEST = ", all sizes 1"  # what a step costs before it computes anything
 COMPILE_SECONDS = 300.0  # for one model under torch.compile, compiling included
 
 
@@ -100,13 +101,15 @@ def measure_row(row: rows.Row, seconds: float, threads: int) -> bench.Measuremen
 
 
 def measure_steps(cases: Sequence[bench.Case], seconds: float, threads: int) -> dict[str, Timing]:
-    """Every step as a user calls it, no backend named, and the empty operator."""
+    """Every step as a user calls it, no backend named; the same with all sizes 1; and the empty operator."""
     device = torch.device("cpu")
     calls: dict[str, Callable[[], object]] = {EMPTY: partial(operator(EMPTY), torch.zeros(1, 768))}
     for case in cases:
-        arguments = case.make(case.sizes, bench.Fill.seeded(torch.float32, device))
         function = getattr(star_kernels, case.operator)
-        calls[case.operator] = partial(function, *arguments, **case.options(case.sizes))
+        smallest = case.with_shape([1] * len(case.sizes))
+        for name, sized in ((case.operator, case), (f"{case.operator}{SMALLEST}", smallest)):
+            arguments = sized.make(sized.sizes, bench.Fill.seeded(torch.float32, device))
+            calls[name] = partial(function, *arguments, **sized.options(sized.sizes))
     with threads_set(threads), torch.no_grad():
         return interleaved(calls, seconds, device)
 

@@ -54,7 +54,10 @@ _TIMES = (
     "seconds and was made once."
 )
 
-_STEPS = "One token at batch 1, as a user calls it; `_empty` is a dispatched C++ operator that does nothing."
+_STEPS = (
+    "One token at batch 1, as a user calls it; `_empty` is a dispatched C++ operator of one argument that "
+    "does nothing. With all sizes 1 a step is the call alone."
+)
 
 _MODELS = (
     "One training step (forward, loss, backward, clipping, AdamW): the default "
