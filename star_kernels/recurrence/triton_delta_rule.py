@@ -10,7 +10,8 @@ with K° decayed from the chunk's start. T = (I + M)⁻¹ needs no state, so tha
 (`_systems`), W = T βK° and U° = T βV with it (`_solutions`); the pass between chunks is two products,
 U = U° − W S and S⁺ = decay S + K'ᵀ U (`_states`). The rest is linear attention with U for V.
 
-Backward, dS⁺ being the gradient of the state after a chunk and dY carrying the scale (`_dstates`):
+Backward keeps A and T where they are all that a chunk's tokens decide, and makes the states again. With dS⁺
+the gradient of the state after a chunk and the scale in dY (`_dstates`):
 
     dU = Aᵀ dY + K' dS⁺,   dS = decay dS⁺ + Q'ᵀ dY − Wᵀ dU
 
@@ -537,7 +538,11 @@ KEY_GRADIENTS = _kernel(
 
 
 class _Call:
-    """One call's inputs and what its passes, in this order, leave for each other."""
+    """One call's inputs and what its passes, in this order, leave for each other.
+
+    Backward runs them again but for ``systems``, the A and T that the forward call found, where they are no
+    more than a tensor's bytes: with a decay a key dimension, Q', K° and K' come with them.
+    """
 
     def __init__(
         self,
@@ -548,6 +553,7 @@ class _Call:
         log_decay: Tensor | None,
         initial_state: Tensor | None,
         cu_seqlens: Tensor | None,
+        systems: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.q, self.k, self.v, self.beta, self.log_decay = (
             rows(q),
@@ -562,7 +568,14 @@ class _Call:
         self.chunks: Chunks = cut(v, cu_seqlens, chunk_size(k))
         self.operand = operand_type(v.dtype)
         self.levels = self.chunks.size.bit_length() - 1
-        self._make_systems()
+        self.queries: Tensor | None = None
+        self.starts: Tensor | None = None
+        self.ends: Tensor | None = None
+        self.whole: Tensor | None = None
+        if systems is None or self.decay == "key":
+            self._make_systems()
+        else:
+            self.pairs, self.inverse = systems
         self._make_states()
 
     def by_chunk(self, width: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -586,6 +599,9 @@ class _Call:
             **strides(q=self.q, k=self.k, beta=self.beta, g=self.log_decay),
             DECAY=self.decay, C=chunks.size, LEVELS=self.levels, OPERAND=self.operand,
         )  # fmt: skip
+
+    def _make_states(self) -> None:
+        chunks, v = self.chunks, self.v
         self.w, self.u = self.by_chunk(self.keys), self.by_chunk(self.values)
         SOLUTIONS.launch(
             lambda blocks: (chunks.total, self.heads),
@@ -596,8 +612,6 @@ class _Call:
             DECAY=self.decay, C=chunks.size, OPERAND=self.operand,
         )  # fmt: skip
 
-    def _make_states(self) -> None:
-        chunks, v = self.chunks, self.v
         dtype = handed_on(v.dtype)
         self.states = v.new_empty(chunks.total, self.heads, self.keys, self.values, dtype=dtype)
         self.written = torch.empty(v.shape, dtype=dtype, device=v.device)
@@ -626,7 +640,7 @@ def _delta(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     call = _Call(q, k, v, beta, log_decay, initial_state, cu_seqlens)
     OUTPUTS.launch(
@@ -637,7 +651,9 @@ def _delta(
         scale=scale, **strides(q=call.q, k=call.k, v=call.written, g=call.log_decay),
         DECAY=call.decay, C=call.chunks.size, OPERAND=call.operand, KEYS=key_block(call.k),
     )  # fmt: skip
-    return y, call.final
+    if call.decay == "key":
+        return y, call.final, y.new_empty(0), y.new_empty(0)
+    return y, call.final, call.pairs, call.inverse
 
 
 def _delta_backward(
@@ -651,9 +667,11 @@ def _delta_backward(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    pairs: Tensor,
+    inverse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dy = rows(dy)
-    call = _Call(q, k, v, beta, log_decay, initial_state, cu_seqlens)
+    call = _Call(q, k, v, beta, log_decay, initial_state, cu_seqlens, (pairs, inverse))
     dstates, dwritten, dinitial = _pass_back(call, dy, dfinal_state, scale)
     dq, dk, dv, dbeta, dg = _combine(call, dy, dwritten, dstates, scale)
     if initial_state is None:
@@ -733,15 +751,15 @@ def _combine(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.scale, initial_state, cu_seqlens = inputs
-    ctx.save_for_backward(*tensors, initial_state, cu_seqlens)
+    ctx.save_for_backward(*tensors, initial_state, cu_seqlens, *output[2:])
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, beta, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
+def _autograd(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None, *nothing: Any) -> tuple[Any, ...]:
+    q, k, v, beta, log_decay, initial_state, cu_seqlens, pairs, inverse = ctx.saved_tensors
     dy = torch.zeros_like(v) if dy is None else dy
     dq, dk, dv, dbeta, ddecay, dstate = BACKWARD_OPERATOR(
-        dy, dfinal_state, q, k, v, beta, log_decay, ctx.scale, initial_state, cu_seqlens
+        dy, dfinal_state, q, k, v, beta, log_decay, ctx.scale, initial_state, cu_seqlens, pairs, inverse
     )
     return dq, dk, dv, dbeta, like(ddecay, log_decay), None, like(dstate, initial_state), None
 
@@ -749,14 +767,14 @@ def _autograd(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None) -> tuple
 BACKWARD_OPERATOR = Operator(
     "gated_delta_rule_backward",
     "(Tensor dy, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? log_decay, "
-    "float scale, Tensor? initial_state, Tensor? cu_seqlens) -> "
+    "float scale, Tensor? initial_state, Tensor? cu_seqlens, Tensor pairs, Tensor inverse) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _delta_backward,
 )
 OPERATOR = Operator(
     "gated_delta_rule",
     "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? log_decay, float scale, Tensor? initial_state, "
-    "Tensor? cu_seqlens) -> (Tensor, Tensor)",
+    "Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor, Tensor)",
     _delta,
 )
 OPERATOR.differentiate(_autograd, _setup, partner=BACKWARD_OPERATOR)
@@ -790,7 +808,7 @@ def gated_delta_rule(
         )
         return result
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    y, final_state = OPERATOR(q, k, v, beta, log_decay, scale, initial_state, cu_seqlens)
+    y, final_state, _, _ = OPERATOR(q, k, v, beta, log_decay, scale, initial_state, cu_seqlens)
     return (y, final_state) if return_final_state else y
 
 
