@@ -476,6 +476,12 @@ def _safe_states(arguments: dict[str, Any]) -> Configuration:
     return Configuration({"VALUES": 32}, num_warps=4 if arguments["keys"] <= 64 else 8, num_stages=1)
 
 
+def _safe_systems(arguments: dict[str, Any]) -> Configuration:
+    if arguments["DECAY"] != "key":
+        return Configuration({"KEYS": 32}, num_warps=4, num_stages=1)
+    return Configuration({"KEYS": 16 if large(arguments) else 32}, num_warps=8, num_stages=1)
+
+
 SYSTEMS = _kernel(
     "systems",
     _systems,
@@ -483,9 +489,7 @@ SYSTEMS = _kernel(
     Configuration({"KEYS": 32}, num_warps=4, num_stages=1),
     Configuration({"KEYS": 64}, num_warps=4, num_stages=1),
     Configuration({"KEYS": 64}, num_warps=8, num_stages=1),
-    choose=lambda arguments: Configuration(
-        {"KEYS": 32}, num_warps=8 if arguments["DECAY"] == "key" else 4, num_stages=1
-    ),
+    choose=_safe_systems,
 )
 SOLUTIONS = _kernel(
     "solutions",

@@ -280,12 +280,15 @@ PREPARE = Kernel(
     "gated_linear_attention_prepare",
     _prepare,
     (
+        Configuration({"KEYS": 32}, num_warps=8, num_stages=1),
         Configuration({"KEYS": 32}, num_warps=4, num_stages=1),
-        Configuration({"KEYS": 64}, num_warps=4, num_stages=1),
         Configuration({"KEYS": 64}, num_warps=8, num_stages=1),
-        Configuration({"KEYS": 32}, num_warps=2, num_stages=1),
+        Configuration({"KEYS": 16}, num_warps=4, num_stages=1),
     ),
     shape=label,
+    choose=lambda arguments: Configuration(
+        {"KEYS": 32}, num_warps=8 if large(arguments) else 4, num_stages=1
+    ),
 )
 OUTPUTS = Kernel(
     "gated_linear_attention_outputs",

@@ -206,8 +206,12 @@ def label(arguments: dict[str, Any]) -> str:
 
 
 def large(arguments: dict[str, Any]) -> bool:
-    """Whether a launch's tiles of all key dimensions are twice as large as those of 128 in half precision."""
-    return arguments["OPERAND"] == tl.float32 or arguments["keys"] > 128
+    """Whether a launch's tiles of all key dimensions take the registers of twice 128 in half precision.
+
+    Rows that no 16 elements divide are loaded one element at a time, and every one has its own address.
+    """
+    ragged = arguments["keys"] % 16 or arguments.get("values", 0) % 16
+    return bool(arguments["OPERAND"] == tl.float32 or arguments["keys"] > 128 or ragged)
 
 
 STATES = Kernel(
