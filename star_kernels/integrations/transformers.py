@@ -1,0 +1,204 @@
+"""One line that puts the models of transformers on star_kernels' operators::
+
+    import star_kernels.integrations.transformers
+
+    star_kernels.integrations.transformers.enable()
+
+From there on every Mamba, Mamba-2, gated delta, Kimi delta, short convolution and RG-LRU layer of the
+installed transformers, in models made before or after, in training and in generation, on a CPU and on a GPU,
+calls star_kernels instead of transformers' own PyTorch forms, and instead of causal_conv1d, mamba_ssm and fla
+where those are installed. Nothing is written to disk, no weight and no cache changes its meaning, and
+:func:`disable` puts back the very functions that were there.
+
+transformers 5.16 and later keep these functions as globals of each modeling module; that is what is replaced.
+Earlier ones compute them inside their layers, which are left as they were.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import threading
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from star_kernels.integrations.functions import ADAPTERS, SCANS, adapted, no_shortcut
+from star_kernels.integrations.patching import Patch, callers, parameters
+
+__all__ = ["Coverage", "Enabled", "disable", "enable"]
+
+_patch = Patch()
+_coverage: Coverage | None = None
+_lock = threading.RLock()
+
+_PACKAGES = re.compile(r"causal[-_]conv1d|mamba[-_]ssm|\bfla\b|flash[-_]linear[-_]attention")
+_FUNCTION = re.compile(rf"^def ({'|'.join(ADAPTERS)})\(", re.MULTILINE)
+_HUB_FUNCTION = re.compile(r"use_kernel_func_from_hub_with_fallback\(\s*\"(\w+)\"[^)]*\)\s*def (\w+)\(")
+_CLASSES = {name.partition(".")[0] for name in SCANS}
+_CLASS = re.compile(rf"^class ({'|'.join(_CLASSES)})\(", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What runs on star_kernels and what does not.
+
+    Args:
+        version: of the installed transformers.
+        covered: "model_type.Layer" to the names of the functions it calls that were replaced.
+        left: "model_type" or "model_type.function" to why it was left as it was.
+    """
+
+    version: str
+    covered: dict[str, tuple[str, ...]]
+    left: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"transformers {self.version} on star_kernels:"]
+        lines += [f"  {layer}: {', '.join(names)}" for layer, names in sorted(self.covered.items())]
+        if not self.covered:
+            lines.append("  nothing")
+        if self.left:
+            lines.append("left as it was:")
+            lines += [f"  {name}: {why}" for name, why in sorted(self.left.items())]
+        return "\n".join(lines)
+
+
+class Enabled:
+    """What :func:`enable` returns: the coverage, and a context whose end undoes what the call has done."""
+
+    def __init__(self, coverage: Coverage, first: bool) -> None:
+        self.coverage = coverage
+        self._first = first
+
+    def __enter__(self) -> Coverage:
+        return self.coverage
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._first:
+            disable()
+
+    def __repr__(self) -> str:
+        layers, left = len(self.coverage.covered), len(self.coverage.left)
+        return f"<transformers {self.coverage.version} on star_kernels: {layers} layers, {left} left>"
+
+
+def enable(*, verbose: bool = False) -> Enabled:
+    """Puts the layers of the installed transformers on star_kernels' operators, until :func:`disable`.
+
+    A second call changes nothing. As a context, ``with enable(): ...``, it ends where the context ends, unless
+    an earlier call had enabled it. Imports the modeling modules concerned.
+
+    A call that our operators do not cover, for instance of packed sequences, goes to the function that was
+    replaced. So does every call on a device, or in a dtype, for which only the plain definition of an
+    operator exists.
+
+    Args:
+        verbose: print which layers are covered, by which functions, and what is left as it was and why.
+
+    Returns:
+        the coverage, and the context.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    global _coverage
+    with _lock:
+        first = _coverage is None
+        if _coverage is None:
+            try:
+                _coverage = _replace_all()
+            except BaseException:
+                _patch.undo()
+                raise
+        coverage = _coverage
+    if verbose:
+        print(coverage)
+    return Enabled(coverage, first)
+
+
+def disable() -> None:
+    """Puts back the functions that :func:`enable` has replaced; nothing if it has not been called.
+
+    Warns where another package has replaced one of them in the meantime: that one is left alone.
+    """
+    global _coverage
+    with _lock:
+        foreign = _patch.undo()
+        _coverage = None
+    if foreign:
+        warnings.warn(
+            f"star_kernels: left alone because another package has replaced them: {', '.join(foreign)}",
+            stacklevel=2,
+        )
+
+
+def _replace_all() -> Coverage:
+    try:
+        transformers = importlib.import_module("transformers")
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise ImportError(
+            "star_kernels.integrations.transformers needs the package transformers: "
+            "pip install 'star-kernels[hf]'"
+        ) from error
+    covered: dict[str, tuple[str, ...]] = {}
+    left: dict[str, str] = {}
+    for source in sorted(Path(str(transformers.__file__)).parent.glob("models/*/modeling_*.py")):
+        text = source.read_text(encoding="utf-8")
+        functions, layers = _FUNCTION.findall(text), _CLASS.findall(text)
+        model = source.parent.name
+        if functions or layers:
+            _replace_in(model, source.stem, functions, covered, left)
+        elif "slow_forward" in text and _PACKAGES.search(text):
+            left[model] = "computes these functions inside its layers, as transformers did before 5.16"
+        for kernel, name in _HUB_FUNCTION.findall(text):
+            if name not in ADAPTERS:
+                left[f"{model}.{name}"] = f"star_kernels has nothing for {kernel}"
+    return Coverage(transformers.__version__, covered, left)
+
+
+def _replace_in(
+    model: str, module_name: str, functions: list[str], covered: dict[str, tuple[str, ...]], left: dict[str, str]
+) -> None:
+    """Replaces the known functions and methods of one modeling module."""
+    try:
+        module = importlib.import_module(f"transformers.models.{model}.{module_name}")
+    except (ImportError, RuntimeError) as error:  # a model with a dependency that is not installed
+        left[model] = f"can't be imported: {str(error).splitlines()[0]}"
+        return
+    replaced = set()
+    for name in functions:
+        adapter, original = ADAPTERS[name], getattr(module, name)
+        problem = _mismatch(original, adapter)
+        if problem:
+            left[f"{model}.{name}"] = problem
+        else:
+            _patch.replace(module, name, adapted(original, adapter))
+            replaced.add(name)
+    for layer, names in callers(module, replaced).items():
+        covered[f"{model}.{layer}"] = names
+    for path, adapter in SCANS.items():
+        layer, _, method = path.partition(".")
+        original = vars(getattr(module, layer, object)).get(method)
+        if original is None:
+            continue
+        problem = _mismatch(original, adapter, skip=1)
+        if problem:
+            left[f"{model}.{path}"] = problem
+        else:
+            _patch.replace(getattr(module, layer), method, adapted(original, adapter))
+            covered[f"{model}.{layer}"] = (method,)
+
+
+def _mismatch(original: Any, adapter: Any, skip: int = 0) -> str:
+    """Why an adapter can't stand in for a function of this transformers; empty where it can."""
+    if adapter is no_shortcut:
+        return ""
+    takes, known = parameters(original)[skip:], parameters(adapter)[skip:]
+    return "" if takes == known else f"takes ({', '.join(takes)}), not ({', '.join(known)})"
