@@ -37,8 +37,10 @@ from torch import Tensor
 from star_kernels import dispatch
 from star_kernels.compiled import like
 from star_kernels.launch import INTERPRETED, Configuration, Kernel, Operator, cdiv, chunks_of, rows
+from star_kernels.recurrence import triton_cells as triton_cells
 from star_kernels.recurrence import triton_delta_rule as triton_delta_rule
 from star_kernels.recurrence import triton_linear_attention as triton_linear_attention
+from star_kernels.recurrence.triton_blocks import contiguous, floats, load_tile, row_picker, token_strides
 
 FILLED = 192
 """Programs from which on a walk over whole sequences keeps a data-centre GPU busy."""
@@ -83,17 +85,6 @@ def tile_of(pointer, stride, channel, width, tokens, MASKED: tl.constexpr, TIME:
         return tl.load(at, (channel[None, :] < width) & (row < tokens), other=fill).to(tl.float32)
     else:
         return tl.load(at, channel[None, :] < width, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def row_picker(TIME: tl.constexpr):
-    """What picks row t of a tile: ``tl.sum(tl.where(row == t, tile, nothing), 0)``.
-
-    In a tile whose columns lie in one lane each, that is a sum of one number and many -0.0, which change
-    nothing, so that the compiler leaves just the register of it.
-    """
-    row = tl.arange(0, TIME)[:, None]
-    return row, tl.zeros((TIME, 1), tl.float32) * -1.0  # a plain -0.0 would become 0.0
 
 
 @dataclass(frozen=True)
@@ -143,23 +134,6 @@ def cut(x: Tensor, cu_seqlens: Tensor | None, blocks: int, *, chunk: int | None 
         "offsets": cu_seqlens, "sequence_of": sequence_of, "first_of": first_of,
     }  # fmt: skip
     return Pieces(total, sequences, whole, arguments, starts)
-
-
-def floats(tensor: Tensor, *shape: int) -> Tensor:
-    """A float32 tensor on the device of ``tensor``."""
-    return torch.empty(shape, dtype=torch.float32, device=tensor.device)
-
-
-def token_strides(**tensors: Tensor | None) -> dict[str, int]:
-    """x=x gives x_b and x_l: how far batch entries and tokens are apart."""
-    named = {}
-    for name, tensor in tensors.items():
-        named[f"{name}_b"], named[f"{name}_l"] = (0, 0) if tensor is None else tensor.stride()[:2]
-    return named
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 # linear_scan
@@ -537,13 +511,6 @@ def _channels_of_group(index, width, groups, CHANNELS: tl.constexpr, PER_LANE: t
 
 
 @triton.jit
-def _load_tile(pointer, stride, channel, inside, tokens, TIME: tl.constexpr):
-    row = tl.arange(0, TIME)[:, None]
-    known = (row < tokens) & inside[None, :]
-    return tl.load(pointer + (row * stride + channel[None, :]), known, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _selective_summaries(
     x, dt, A, B, C, z, dt_bias, dy, products, ends, reverse_ends,
     count, length, chunk, offsets, sequence_of, first_of, width, groups, states,
@@ -568,15 +535,15 @@ def _selective_summaries(
     for start in range(0, tokens, TIME):
         left = tokens - start
         at = first + start
-        tile_x = _load_tile(x + batch * x_b + at * x_l, x_l, channel, inside, left, TIME)
-        tile_dt = _load_tile(dt + batch * dt_b + at * dt_l, dt_l, channel, inside, left, TIME)
+        tile_x = load_tile(x + batch * x_b + at * x_l, x_l, channel, inside, left, TIME)
+        tile_dt = load_tile(dt + batch * dt_b + at * dt_l, dt_l, channel, inside, left, TIME)
         step, _value = _step_sizes(tile_dt, bias, SOFTPLUS)
         step = tl.where(row < left, step, 0.0)
         update = step * tile_x
         if REVERSE:
-            tile_dy = _load_tile(dy + batch * dy_b + at * dy_l, dy_l, channel, inside, left, TIME)
+            tile_dy = load_tile(dy + batch * dy_b + at * dy_l, dy_l, channel, inside, left, TIME)
             if z is not None:
-                tile_dy *= _silu(_load_tile(z + batch * z_b + at * z_l, z_l, channel, inside, left, TIME))
+                tile_dy *= _silu(load_tile(z + batch * z_b + at * z_l, z_l, channel, inside, left, TIME))
         shared = ((batch * length + at) * groups + group) * states + n
         for t in tl.static_range(TIME):
             here = (n < states) & (t < left)
@@ -626,19 +593,19 @@ def _selective_scan(
         z += batch * z_b
     row, nothing = row_picker(TIME)
     # Two bytes a lane are too few for a copy that runs ahead by itself: the next tile waits in registers.
-    next_x = _load_tile(x + first * x_l, x_l, channel, inside, tokens, TIME)
-    next_dt = _load_tile(dt + first * dt_l, dt_l, channel, inside, tokens, TIME)
+    next_x = load_tile(x + first * x_l, x_l, channel, inside, tokens, TIME)
+    next_dt = load_tile(dt + first * dt_l, dt_l, channel, inside, tokens, TIME)
     next_z = next_x
     if z is not None:
-        next_z = _load_tile(z + first * z_l, z_l, channel, inside, tokens, TIME)
+        next_z = load_tile(z + first * z_l, z_l, channel, inside, tokens, TIME)
     for start in tl.range(0, tokens, TIME, num_stages=STAGES):
         left = tokens - start
         at = first + start
         tile_x, tile_dt, tile_z = next_x, next_dt, next_z
-        next_x = _load_tile(x + (at + TIME) * x_l, x_l, channel, inside, left - TIME, TIME)
-        next_dt = _load_tile(dt + (at + TIME) * dt_l, dt_l, channel, inside, left - TIME, TIME)
+        next_x = load_tile(x + (at + TIME) * x_l, x_l, channel, inside, left - TIME, TIME)
+        next_dt = load_tile(dt + (at + TIME) * dt_l, dt_l, channel, inside, left - TIME, TIME)
         if z is not None:
-            next_z = _load_tile(z + (at + TIME) * z_l, z_l, channel, inside, left - TIME, TIME)
+            next_z = load_tile(z + (at + TIME) * z_l, z_l, channel, inside, left - TIME, TIME)
         step, _value = _step_sizes(tile_dt, bias, SOFTPLUS)
         step = tl.where(row < left, step, 0.0)
         update = step * tile_x
@@ -694,8 +661,8 @@ def _selective_backward(
         for start in range(0, tokens, TIME):
             tl.store(history + start // TIME * STATES * CHANNELS + slot_cell, h)
             left, at = tokens - start, first + start
-            tile_x = _load_tile(x + batch * x_b + at * x_l, x_l, channel, inside, left, TIME)
-            tile_dt = _load_tile(dt + batch * dt_b + at * dt_l, dt_l, channel, inside, left, TIME)
+            tile_x = load_tile(x + batch * x_b + at * x_l, x_l, channel, inside, left, TIME)
+            tile_dt = load_tile(dt + batch * dt_b + at * dt_l, dt_l, channel, inside, left, TIME)
             step, value = _step_sizes(tile_dt, bias, SOFTPLUS)
             step = tl.where(row < left, step, 0.0)
             update = step * tile_x
@@ -713,9 +680,9 @@ def _selective_backward(
         for done in range(0, tiles):
             start = (tiles - 1 - done) * TIME
             left, at = tokens - start, first + start
-            tile_x = _load_tile(x + batch * x_b + at * x_l, x_l, channel, inside, left, TIME)
-            tile_dt = _load_tile(dt + batch * dt_b + at * dt_l, dt_l, channel, inside, left, TIME)
-            tile_dy = _load_tile(dy + batch * dy_b + at * dy_l, dy_l, channel, inside, left, TIME)
+            tile_x = load_tile(x + batch * x_b + at * x_l, x_l, channel, inside, left, TIME)
+            tile_dt = load_tile(dt + batch * dt_b + at * dt_l, dt_l, channel, inside, left, TIME)
+            tile_dy = load_tile(dy + batch * dy_b + at * dy_l, dy_l, channel, inside, left, TIME)
             step, value = _step_sizes(tile_dt, bias, SOFTPLUS)
             step = tl.where(row < left, step, 0.0)
             update = step * tile_x
@@ -724,7 +691,7 @@ def _selective_backward(
                 slope *= 1.0 / (1.0 + tl.exp2(value * -1.4426950408889634))
             gated = tile_dy
             if z is not None:
-                tile_z = _load_tile(z + batch * z_b + at * z_l, z_l, channel, inside, left, TIME)
+                tile_z = load_tile(z + batch * z_b + at * z_l, z_l, channel, inside, left, TIME)
                 gate = 1.0 / (1.0 + tl.exp2(tile_z * -1.4426950408889634))
                 gated = tile_dy * tile_z * gate
                 gate_slope = tile_dy * gate * (1.0 + tile_z * (1.0 - gate))
@@ -736,8 +703,8 @@ def _selective_backward(
             for t in tl.static_range(TIME):
                 b_t = tl.load(B + shared + t * groups * states, (n < states) & (t < left), other=0.0)
                 decay = tl.exp2(a * tl.sum(tl.where(row == t, step, nothing), 0)[None, :])
-                states_before = states_before + (h,)  # noqa: RUF005 (Triton knows no stars)
-                decays = decays + (decay,)  # noqa: RUF005
+                states_before = states_before + (h,)  # type: ignore[assignment]  # noqa: RUF005
+                decays = decays + (decay,)  # type: ignore[assignment]  # noqa: RUF005
                 h = decay * h + b_t[:, None] * tl.sum(tl.where(row == t, update, nothing), 0)[None, :]
             for t in tl.static_range(TIME - 1, -1, -1):
                 here = (n < states) & (t < left)

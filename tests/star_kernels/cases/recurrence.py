@@ -111,7 +111,9 @@ def both(name: str, *sizes: int, interpreted: bool = True, **situation: Any) -> 
     ]
 
 
-def cells(name: str, batch: int, length: int, width: int, *, state: bool = False) -> list[Case]:
+def cells(
+    name: str, batch: int, length: int, width: int, *, state: bool = False, interpreted: bool = True
+) -> list[Case]:
     """The GRU and the LSTM in one situation."""
 
     def gru(draw: Maker) -> dict[str, Any]:
@@ -124,8 +126,8 @@ def cells(name: str, batch: int, length: int, width: int, *, state: bool = False
         return arguments | {n: draw.normal(width) for n in ("af", "ao", "az")} | {"return_final_state": state}
 
     return [
-        Case("gru_scan", name, gru, float32=frozenset({"initial_state"})),
-        Case("lstm_scan", name, lstm),
+        Case("gru_scan", name, gru, float32=frozenset({"initial_state"}), interpreted=interpreted),
+        Case("lstm_scan", name, lstm, interpreted=interpreted),
     ]
 
 
@@ -190,9 +192,12 @@ CASES = [
     *both("no-token", 2, 0, 2, 8, 8, decay="key", state=True),
     *both("no-batch", 0, 4, 2, 8, 8, decay="head"),
     *both("packed", 1, 90, 2, 8, 12, decay="key", state=True, packed=(0, 1, 1, 40, 90), interpreted=False),
-    *cells("plain", 2, 37, 19),
-    *cells("state", 2, 21, 16, state=True),
-    *cells("blocks", 1, 12, 150, state=True),
+    *cells("few", 1, 33, 3),
+    *cells("few-state", 1, 33, 4, state=True),
+    *cells("few-walked", 1, 17, 5, state=True),
+    *cells("plain", 2, 37, 19, interpreted=False),
+    *cells("state", 2, 21, 16, state=True, interpreted=False),
+    *cells("blocks", 1, 12, 150, state=True, interpreted=False),
     *cells("one-token", 2, 1, 8, state=True),
     *cells("no-token", 2, 0, 8, state=True),
     *cells("no-batch", 0, 4, 8),
