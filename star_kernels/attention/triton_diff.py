@@ -123,7 +123,7 @@ def _forward(
     row = first + tl.arange(0, QUERIES)
     log_sums += (batch * heads + head) * query_count
     tl.store(log_sums + row, log_total1, row < query_count)
-    log_sums += heads.to(tl.int64) * batches * query_count
+    log_sums += tl.cast(heads, tl.int64) * batches * query_count
     tl.store(log_sums + row, log_total2, row < query_count)
 
 
@@ -163,7 +163,7 @@ def _query_gradients(
     v_rows = row_source(v, key_count, v_row, VALUE_DIM, KEYS, VALUE_WIDTH, DESCRIBED)
     row = first + tl.arange(0, QUERIES)
     line = (batch * heads + head) * query_count
-    second = heads.to(tl.int64) * batches * query_count
+    second = tl.cast(heads, tl.int64) * batches * query_count
     log_total1 = tl.load(log_sums + line + row, row < query_count, other=float("inf"))
     log_total2 = tl.load(log_sums + line + second + row, row < query_count, other=float("inf"))
 
@@ -230,7 +230,7 @@ def _key_gradients(
     part = (pair % parts).to(tl.int64)
     batch = (pair // parts).to(tl.int64)
     key_head = part * SUMMED // group
-    second = heads.to(tl.int64) * batches * query_count
+    second = tl.cast(heads, tl.int64) * batches * query_count
 
     k1 += batch * k1_batch + key_head * k1_head
     k2 += batch * k2_batch + key_head * k2_head
@@ -297,25 +297,25 @@ _SAFE_FORWARD = {
     2: (
         (64, blocks_of(64, 32, 1, 4, 2)),
         (128, blocks_of(64, 32, 1, 8, 2)),
-        (256, blocks_of(32, 16, 1, 8, 1)),
+        (256, blocks_of(32, 16, 1, 8, 2)),
     ),
-    4: ((64, blocks_of(32, 32, 1, 8, 1)), (128, blocks_of(16, 16, 1, 8, 1))),
+    4: ((64, blocks_of(32, 32, 1, 8, 2)), (128, blocks_of(16, 16, 1, 8, 2))),
 }
 _SAFE_QUERIES = {
     2: (
         (64, blocks_of(64, 32, 1, 4, 2)),
-        (128, blocks_of(32, 32, 1, 4, 1)),
-        (256, blocks_of(16, 16, 1, 4, 1)),
+        (128, blocks_of(32, 32, 1, 4, 2)),
+        (256, blocks_of(16, 16, 1, 4, 2)),
     ),
-    4: ((64, blocks_of(32, 16, 1, 8, 1)), (128, blocks_of(16, 16, 1, 8, 1))),
+    4: ((64, blocks_of(32, 16, 1, 8, 2)), (128, blocks_of(16, 16, 1, 8, 2))),
 }
 _SAFE_KEYS = {
     2: (
-        (64, blocks_of(32, 64, 1, 8, 2)),
-        (128, blocks_of(16, 32, 1, 4, 1)),
-        (256, blocks_of(16, 16, 1, 4, 1)),
+        (64, blocks_of(32, 64, 1, 4, 2)),
+        (128, blocks_of(16, 32, 1, 4, 2)),
+        (256, blocks_of(16, 16, 1, 4, 2)),
     ),
-    4: ((64, blocks_of(16, 32, 1, 8, 1)), (128, blocks_of(16, 16, 1, 8, 1))),
+    4: ((64, blocks_of(16, 32, 1, 8, 2)), (128, blocks_of(16, 16, 1, 8, 2))),
 }
 FORWARD = Kernel(
     "diff_attention_forward",
@@ -349,8 +349,9 @@ KEY_GRADIENTS = Kernel(
     _key_gradients,
     (
         _SAFE_KEYS[2][0][1],
-        blocks_of(64, 128, 2, 8, 2),
+        blocks_of(32, 64, 1, 8, 2),
         blocks_of(32, 128, 2, 8, 2),
+        blocks_of(64, 128, 2, 8, 2),
         blocks_of(64, 64, 2, 8, 2),
         blocks_of(32, 64, 2, 4, 2),
     ),
