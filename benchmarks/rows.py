@@ -34,7 +34,7 @@ COMPILED_RATIO = 1.0
 """Times as fast as the reference backend under torch.compile."""
 
 _CALL = (
-    "the empty operator has one argument; a call with this step's five to nine takes that long before it "
+    "the empty operator has one argument; a call with all of this step's takes most of that before it "
     "computes anything (below, all sizes 1)"
 )
 _MEMORY = "bound by memory: it reads and writes more than the empty operator's time moves"
