@@ -233,6 +233,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET=1 is set; the compiler needs a process without it")
+    unknown = set(given.operator or ()) - set(forms(None))
+    if unknown:
+        parser.error(f"--operator {sorted(unknown)[0]!r}: no operator with Triton kernels has this name")
     began = time.perf_counter()
     results = run(given.operator, one=given.one, workers=given.workers)
     text = document(results, time.perf_counter() - began)

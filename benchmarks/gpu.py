@@ -327,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu for Triton's interpreter")
     parser.add_argument("--operator", action="append", help="only this one; may be repeated")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs")
-    parser.add_argument("--seconds", type=float, default=None, help="for each row (default 3)")
+    parser.add_argument("--seconds", type=float, default=None, help="for each row (default 2)")
     parser.add_argument("--tests", action=argparse.BooleanOptionalAction, default=True)
     given = parser.parse_args(arguments)
     if given.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -339,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--operator {sorted(unknown)[0]!r}: the table has no such operator")
     if (given.quick or given.operator) and given.out == RESULTS:
         parser.error("--quick and --operator make no whole table: name another folder with --out")
-    seconds = given.seconds if given.seconds is not None else 0.0 if given.quick else 3.0
+    seconds = given.seconds if given.seconds is not None else 0.0 if given.quick else 2.0
     console = Console(stderr=True)
     with console.status("") as status:
         results = run(

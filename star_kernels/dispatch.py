@@ -22,6 +22,9 @@ BACKENDS = ("cuda", "triton", "cpp", "torch", "reference")
 """Fastest first: the order in which ``backend=None`` tries them. "torch" is a form that rests on a fused
 kernel of PyTorch's own, which is not the operator's definition but faster than it (softmax attention)."""
 
+OLDEST_TRITON = (3, 5)
+"""The version that comes with the oldest torch there are compiled operators for."""
+
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -74,9 +77,13 @@ def load_triton(family: str) -> bool:
         _problems["triton"] = "this torch is built without GPUs, which the Triton kernels need"
         return False
     try:
-        importlib.import_module("triton")
+        version = importlib.import_module("triton").__version__
     except ImportError as error:
         _problems["triton"] = f"the Triton kernels need the package triton: {str(error).splitlines()[0]}"
+        return False
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        _problems["triton"] = f"the Triton kernels need triton >= {oldest}, and {version} is installed"
         return False
     importlib.import_module(f"star_kernels.{family}.triton")
     return True

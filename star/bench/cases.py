@@ -35,24 +35,24 @@ class Fill:
 
     @classmethod
     def seeded(cls, dtype: torch.dtype, device: torch.device) -> Fill:
-        return cls(dtype, device, torch.Generator().manual_seed(0))
+        return cls(dtype, device, torch.Generator(device).manual_seed(0))
 
     def normal(self, *shape: int) -> Tensor:
         """Activations."""
-        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
+        return torch.randn(shape, generator=self.generator, device=self.device).to(self.dtype)
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        values = torch.rand(shape, generator=self.generator) * (high - low) + low
-        return values.to(self.device, self.dtype)
+        values = torch.rand(shape, generator=self.generator, device=self.device) * (high - low) + low
+        return values.to(self.dtype)
 
     def unit(self, *shape: int) -> Tensor:
         """Activations of norm 1 along the last dimension."""
-        values = torch.randn(shape, generator=self.generator)
-        return torch.nn.functional.normalize(values, dim=-1).to(self.device, self.dtype)
+        values = torch.randn(shape, generator=self.generator, device=self.device)
+        return torch.nn.functional.normalize(values, dim=-1).to(self.dtype)
 
     def weight(self, *shape: int) -> Tensor:
         """Parameters: small, float32."""
-        return (0.1 * torch.randn(shape, generator=self.generator)).to(self.device)
+        return 0.1 * torch.randn(shape, generator=self.generator, device=self.device)
 
     def state(self, *shape: int) -> Tensor:
         """An empty recurrent state, float32."""
@@ -189,7 +189,7 @@ def _rope(n: Sizes, f: Fill) -> tuple[Any, ...]:
 
 
 def _linear_cross_entropy(n: Sizes, f: Fill) -> tuple[Any, ...]:
-    targets = torch.randint(n["V"], (n["N"],), generator=f.generator).to(f.device)
+    targets = torch.randint(n["V"], (n["N"],), generator=f.generator, device=f.device)
     return f.normal(n["N"], n["D"]), f.weight(n["V"], n["D"]).to(f.dtype), targets
 
 
