@@ -2,7 +2,7 @@
 
 transformers keeps, beside each model, plain PyTorch forms of the functions that the packages causal_conv1d,
 mamba_ssm and fla accelerate. Every function here takes the arguments of one of those forms and computes the
-same, or answers ``NotImplemented`` for a call that it does not cover, which then goes to the form it replaces:
+same, or answers ``NotImplemented`` for a call that it does not cover, which goes to the form it replaces:
 packed sequences (``seq_idx``, ``cu_seqlens``), other activations than SiLU, devices and dtypes for which
 only an operator's plain definition exists, tensors on several devices.
 
@@ -75,7 +75,9 @@ def adapted(original: Callable[..., Any], adapter: Callable[..., Any]) -> Callab
 
 def _changed(options: dict[str, Any]) -> bool:
     """Whether an option is set that changes the result."""
-    return any(name in _CHANGING and options[name] not in (None, False) for name in options)
+    return any(
+        name in _CHANGING and not (options[name] is None or options[name] is False) for name in options
+    )
 
 
 def _covers(operator: str, first: Tensor, *others: Tensor | None) -> bool:
@@ -111,7 +113,7 @@ def causal_conv1d_fn(
     activation: str | None = None,
     **options: Any,
 ) -> Any:
-    """Causal depthwise convolution of (B, D, L) with taps (D, K), the last of which multiplies the present."""
+    """Causal depthwise convolution of (B, D, L) with taps (D, K), the last of which is for the present."""
     if activation not in _ACTIVATIONS or _changed(options):
         return NotImplemented
     if not _covers("short_conv", hidden_states, weight, bias):
@@ -131,7 +133,7 @@ def causal_conv1d_update(
     activation: str | None = None,
     **options: Any,
 ) -> Any:
-    """One token (B, D, 1) of :func:`causal_conv1d_fn`; ``conv_state`` (B, D, S), S >= K - 1, moves on in place."""
+    """One token (B, D, 1) of :func:`causal_conv1d_fn`; ``conv_state`` (B, D, S >= K - 1) is updated."""
     if activation not in _ACTIVATIONS or _changed(options) or hidden_states.dim() != 3:
         return NotImplemented
     past = weight.shape[1] - 1
@@ -214,7 +216,7 @@ def mamba_selective_state_update(
     z: Tensor | None = None,
     **options: Any,
 ) -> Any:
-    """One token of :func:`mamba_selective_scan`: x, dt, z (B, D), B, C (B, N); ``state`` moves on in place."""
+    """One token of :func:`mamba_selective_scan`: x, dt, z (B, D), B, C (B, N); ``state`` is updated."""
     tensors = (state, hidden_states, dt, A, B, C, D, dt_bias, z)
     if _changed(options) or state.dtype != torch.float32 or _recorded(*tensors):
         return NotImplemented
@@ -322,7 +324,7 @@ def mamba2_selective_state_update(
     z: Tensor | None = None,
     **options: Any,
 ) -> Any:
-    """One token of :func:`mamba2_chunk_scan`: x (B, H, P), B and C (B, G, N); ``state`` (B, H, P, N) moves on.
+    """One token of :func:`mamba2_chunk_scan`: x (B, H, P), B, C (B, G, N), ``state`` (B, H, P, N), updated.
 
     dt (B, H, P), A (H, P, N), D and dt_bias (H, P) repeat one number a head, as views without memory of
     their own; where they do not, the call is not covered.
@@ -378,7 +380,7 @@ def chunk_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **options: Any,
 ) -> Any:
-    """q, k (B, L, Hk, Dk), v (B, L, H, Dv), beta (B, L, H), g (B, L, H) or (B, L, H, Dk); (B, H, Dk, Dv) states.
+    """Delta rule with decay: q, k (B, L, Hk, Dk), v (B, L, H, Dv), beta (B, L, H), g (B, L, H[, Dk]).
 
     Returns:
         y in q's dtype, and the last state or None.

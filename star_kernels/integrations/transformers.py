@@ -16,6 +16,7 @@ Earlier ones compute them inside their layers, which are left as they were.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 import threading
@@ -28,7 +29,7 @@ from typing import Any
 from star_kernels.integrations.functions import ADAPTERS, SCANS, adapted, no_shortcut
 from star_kernels.integrations.patching import Patch, callers, parameters
 
-__all__ = ["Coverage", "Enabled", "disable", "enable"]
+__all__ = ["Coverage", "Enabled", "disable", "enable", "is_enabled"]
 
 _patch = Patch()
 _coverage: Coverage | None = None
@@ -90,8 +91,8 @@ class Enabled:
 def enable(*, verbose: bool = False) -> Enabled:
     """Puts the layers of the installed transformers on star_kernels' operators, until :func:`disable`.
 
-    A second call changes nothing. As a context, ``with enable(): ...``, it ends where the context ends, unless
-    an earlier call had enabled it. Imports the modeling modules concerned.
+    A second call changes nothing. As a context, ``with enable(): ...``, it ends where the context ends,
+    unless an earlier call had enabled it. Imports the modeling modules concerned.
 
     A call that our operators do not cover, for instance of packed sequences, goes to the function that was
     replaced. So does every call on a device, or in a dtype, for which only the plain definition of an
@@ -137,6 +138,11 @@ def disable() -> None:
         )
 
 
+def is_enabled() -> bool:
+    """Whether :func:`enable` is in force."""
+    return _coverage is not None
+
+
 def _replace_all() -> Coverage:
     try:
         transformers = importlib.import_module("transformers")
@@ -149,22 +155,50 @@ def _replace_all() -> Coverage:
         ) from error
     covered: dict[str, tuple[str, ...]] = {}
     left: dict[str, str] = {}
-    for source in sorted(Path(str(transformers.__file__)).parent.glob("models/*/modeling_*.py")):
-        text = source.read_text(encoding="utf-8")
-        functions, layers = _FUNCTION.findall(text), _CLASS.findall(text)
-        model = source.parent.name
-        if functions or layers:
-            _replace_in(model, source.stem, functions, covered, left)
-        elif "slow_forward" in text and _PACKAGES.search(text):
-            left[model] = "computes these functions inside its layers, as transformers did before 5.16"
-        for kernel, name in _HUB_FUNCTION.findall(text):
-            if name not in ADAPTERS:
-                left[f"{model}.{name}"] = f"star_kernels has nothing for {kernel}"
+    for found in _modeling_modules(Path(str(transformers.__file__)).parent):
+        left.update(found.left)
+        if found.concerned:
+            _replace_in(found.model, found.module, found.functions, covered, left)
     return Coverage(transformers.__version__, covered, left)
 
 
+@dataclass(frozen=True)
+class _ModelingModule:
+    """What the source of one modeling module says before it is imported."""
+
+    model: str
+    module: str
+    functions: list[str]
+    concerned: bool
+    left: dict[str, str]
+
+
+@functools.cache
+def _modeling_modules(package: Path) -> list[_ModelingModule]:
+    """The modules that define a function or class we stand in for, found without importing the others."""
+    modules = []
+    for source in sorted(package.glob("models/*/modeling_*.py")):
+        text = source.read_text(encoding="utf-8")
+        functions, model = _FUNCTION.findall(text), source.parent.name
+        concerned = bool(functions or _CLASS.search(text))
+        left = {
+            f"{model}.{name}": f"star_kernels has nothing for {kernel}"
+            for kernel, name in _HUB_FUNCTION.findall(text)
+            if name not in ADAPTERS
+        }
+        if not concerned and "slow_forward" in text and _PACKAGES.search(text):
+            left[model] = "computes these functions inside its layers, as transformers did before 5.16"
+        if concerned or left:
+            modules.append(_ModelingModule(model, source.stem, functions, concerned, left))
+    return modules
+
+
 def _replace_in(
-    model: str, module_name: str, functions: list[str], covered: dict[str, tuple[str, ...]], left: dict[str, str]
+    model: str,
+    module_name: str,
+    functions: list[str],
+    covered: dict[str, tuple[str, ...]],
+    left: dict[str, str],
 ) -> None:
     """Replaces the known functions and methods of one modeling module."""
     try:

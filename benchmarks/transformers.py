@@ -1,0 +1,264 @@
+"""Models of transformers with and without `star_kernels.integrations.transformers.enable()`.
+
+    python -m benchmarks.transformers             # all classes, writes benchmarks/results/transformers.md
+    python -m benchmarks.transformers --models mamba,lfm2 --out /tmp/some.md
+    python -m benchmarks.transformers --quick --out /tmp/quick.md
+
+Random weights, width 768, batch 1. Forward and forward + backward over 1024 tokens; decoding 64 tokens, one
+at a time, after that prompt. "Without" are transformers' own PyTorch forms, which it takes where
+causal_conv1d, mamba_ssm and fla are not installed. Samples of both take turns within one run, and switching
+between them is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import gc
+import importlib
+import inspect
+import logging
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.hybrid_models import MODELS, HybridModel
+from star.bench.timing import LONG_CALL, threads_set
+from star_kernels.integrations import transformers as integration
+from star_kernels.integrations.functions import ADAPTERS
+from star_kernels.integrations.patching import Patch
+
+RESULT = Path(__file__).parent / "results" / "transformers.md"
+WITHOUT, WITH = "without", "with"
+TASKS = ("forward", "forward + backward", "decode")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Args:
+        length: tokens of the prompt.
+        tokens: how many are decoded after it.
+        seconds: about how long each task of each model is sampled; every form at least three times, but once
+            where a call takes longer than `LONG_CALL`.
+        large: the size of measurements, not that of tests.
+    """
+
+    length: int = 1024
+    tokens: int = 64
+    seconds: float = 10.0
+    large: bool = True
+
+
+QUICK = Setting(length=24, tokens=3, seconds=0.05, large=False)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model: median seconds by task and form, and how far apart the logits are."""
+
+    model: str
+    layer: str
+    parameters: int
+    seconds: dict[str, dict[str, float]]
+    difference: float
+
+    def ratio(self, task: str) -> float:
+        """How many times faster the task is with star_kernels."""
+        return self.seconds[task][WITHOUT] / self.seconds[task][WITH]
+
+
+def measure(hybrid: HybridModel, setting: Setting) -> Row:
+    """All tasks of one model, its two forms in turns."""
+    model = hybrid.build(**(hybrid.large() if setting.large else {}))
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, vocabulary, (1, setting.length), generator=generator)
+    with _torch_forms(hybrid):
+        logits = {form: _in_form(form, lambda: _forward(model, ids)) for form in (WITHOUT, WITH)}
+        seconds = {
+            "forward": _in_turns(setting, lambda: lambda: _forward(model, ids)),
+            "forward + backward": _in_turns(setting, lambda: lambda: _train(model, ids)),
+            "decode": _in_turns(setting, _Decode(model, ids, setting.tokens).sample),
+        }
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    difference = float((logits[WITH] - logits[WITHOUT]).abs().max())
+    return Row(hybrid.module, hybrid.layer, parameters, seconds, difference)
+
+
+@contextlib.contextmanager
+def _torch_forms(hybrid: HybridModel) -> Iterator[None]:
+    """transformers as it is without the packages that it prefers, which may be installed here."""
+    module = importlib.import_module(f"transformers.models.{hybrid.module}.modeling_{hybrid.module}")
+    patch = Patch()
+    for name in ADAPTERS:
+        if hasattr(module, name):
+            patch.replace(module, name, inspect.unwrap(getattr(module, name)))
+    try:
+        yield
+    finally:
+        patch.undo()
+
+
+@torch.no_grad()
+def _forward(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, use_cache=False)[0]
+
+
+def _train(model: torch.nn.Module, ids: Tensor) -> None:
+    model.train()
+    model.zero_grad()
+    logits = model(input_ids=ids, use_cache=False)[0]
+    torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:] % logits.shape[-1]).backward()
+    model.eval()
+
+
+class _Decode:
+    """Greedy decoding after a prompt: a sample starts from a copy of the model and of the prompt's cache."""
+
+    def __init__(self, model: torch.nn.Module, ids: Tensor, tokens: int) -> None:
+        self._model, self._ids, self._tokens = model, ids, tokens
+        self._started: dict[bool, Any] = {}
+
+    @torch.no_grad()
+    def sample(self) -> Callable[[], None]:
+        """Prepares a sample in the form that is on."""
+        takes = inspect.signature(self._model.forward).parameters
+        name = "cache_params" if "cache_params" in takes else "past_key_values"
+        enabled = integration.is_enabled()
+        if enabled not in self._started:
+            result = self._model(input_ids=self._ids, use_cache=True)
+            # RecurrentGemma keeps its states in its layers, all others in the cache.
+            self._started[enabled] = (
+                copy.deepcopy(self._model),
+                result.get(name),
+                result[0][:, -1:].argmax(-1),
+            )
+        model, cache, token = copy.deepcopy(self._started[enabled])
+
+        @torch.no_grad()
+        def decode() -> None:
+            new, options = token, {name: cache}
+            for position in range(self._ids.shape[1], self._ids.shape[1] + self._tokens):
+                if "position_ids" in takes:
+                    options["position_ids"] = torch.tensor([[position]])
+                new = model(input_ids=new, use_cache=True, **options)[0][:, -1:].argmax(-1)
+
+        return decode
+
+
+def _in_form(form: str, call: Callable[[], Any]) -> Any:
+    if form == WITHOUT:
+        return call()
+    with integration.enable():
+        return call()
+
+
+def _in_turns(setting: Setting, prepare: Callable[[], Callable[[], Any]]) -> dict[str, float]:
+    """Median seconds of both forms, sampled in turns. The first sample warms up, unless it is a long one."""
+
+    def sample() -> float:
+        call = prepare()
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+
+    samples: dict[str, list[float]] = {}
+    for form in (WITHOUT, WITH):
+        first = _in_form(form, sample)
+        samples[form] = [first] if first > LONG_CALL else []
+    turns = [form for form in samples if not samples[form]]
+    end = time.perf_counter() + setting.seconds
+    while turns and (len(samples[turns[0]]) < 3 or time.perf_counter() < end):
+        for form in turns:
+            samples[form].append(_in_form(form, sample))
+    return {form: statistics.median(values) for form, values in samples.items()}
+
+
+def document(rows: Sequence[Row], setting: Setting, threads: int, seconds: float) -> str:
+    """The whole file."""
+    transformers = importlib.import_module("transformers")
+    lines = [
+        "# Models of transformers, with and without star_kernels",
+        "",
+        "Remade by `python -m benchmarks.transformers`. Random weights, float32, batch 1, "
+        f"{setting.length} tokens, {setting.tokens} tokens decoded after them; medians of samples taken in "
+        f"turns within one run, {threads} threads of {_processor()}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}. The run took {seconds:.0f} s. Without: transformers' own PyTorch "
+        "forms; with: after `star_kernels.integrations.transformers.enable()`. The last column is the "
+        "largest difference of a logit. Configurations: `benchmarks/hybrid_models.py`.",
+        "",
+    ]
+    if not setting.large:
+        lines += ["**A quick run at tiny sizes: it shows that everything runs, nothing about speed.**", ""]
+    head = ["model", "layer", "parameters"]
+    for task in TASKS:
+        unit = f"{task} of {setting.tokens}" if task == "decode" else task
+        head += [f"{unit}: without", "with", "faster"]
+    head.append("difference")
+    lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for row in rows:
+        cells = [row.model, f"`{row.layer}`", f"{row.parameters / 1e6:.1f} M"]
+        for task in TASKS:
+            times = row.seconds[task]
+            cells += [_time(times[WITHOUT]), _time(times[WITH]), f"{row.ratio(task):.1f}x"]
+        cells.append(f"{row.difference:.0e}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 0, or 2 for a model that is not there."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.transformers", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--models", default="", help="their folders in transformers, by commas (all)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, help="per task of a model (10)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args(arguments)
+    names = [name for name in options.models.split(",") if name]
+    unknown = set(names) - {model.module for model in MODELS}
+    if unknown:
+        parser.error(f"--models: no {', '.join(sorted(unknown))}; it takes {', '.join(map(str, MODELS))}")
+    setting = QUICK if options.quick else Setting(seconds=options.seconds or Setting.seconds)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    rows, began = [], time.perf_counter()
+    with threads_set(options.threads):
+        for model in MODELS:
+            if not names or model.module in names:
+                rows.append(measure(model, setting))
+                gc.collect()
+                ratios = ", ".join(f"{task} {rows[-1].ratio(task):.1f}x" for task in TASKS)
+                print(f"{model}: {ratios}", flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(document(rows, setting, options.threads, time.perf_counter() - began))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
