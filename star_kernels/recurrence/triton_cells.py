@@ -36,8 +36,15 @@ import triton.language as tl
 from torch import Tensor
 
 from star_kernels.compiled import like
-from star_kernels.launch import INTERPRETED, Configuration, Kernel, Operator, cdiv, rows
-from star_kernels.recurrence.triton_blocks import contiguous, floats, load_tile, row_picker, token_strides
+from star_kernels.launch import INTERPRETED, Configuration, Kernel, Operator, rows
+from star_kernels.recurrence.triton_blocks import (
+    contiguous,
+    floats,
+    grid_of,
+    load_tile,
+    row_picker,
+    token_strides,
+)
 
 FILLED = 6144
 """Channels of all sequences together from which on programs that walk fill a data-centre GPU."""
@@ -71,7 +78,8 @@ def _tanh(x):
 def _gru(x1, x2, x3, a1, a2, a3, h):
     z = _sigmoid(x1 + a1 * h)
     r = _sigmoid(x2 + a2 * h)
-    k = _tanh(x3 + a3 * (r * h))
+    # In this order r is all that is waited for.
+    k = _tanh(x3 + r * (a3 * h))
     return z, r, k, h + z * (k - h)
 
 
@@ -457,10 +465,6 @@ def _weights(weights: tuple[Tensor, ...]) -> dict[str, Tensor]:
     return {f"a{number}": value.contiguous() for number, value in enumerate(weights, 1)}
 
 
-def _grid(batch: int, width: int) -> Any:
-    return lambda blocks: (batch * cdiv(width, blocks["CHANNELS"]),)
-
-
 def _forward(
     inputs: tuple[Tensor, ...],
     weights: tuple[Tensor, ...],
@@ -485,9 +489,9 @@ def _forward(
         "length": length, "width": width, "LSTM": lstm,
     }  # fmt: skip
     if length < FEW or batch * width >= FILLED:
-        WALK.launch(_grid(batch, width), **arguments)
+        WALK.launch(grid_of(batch, width), **arguments)
     else:
-        SOLVE.launch(_grid(batch, width), **arguments, tolerance=tolerance, most=max_iterations)
+        SOLVE.launch(grid_of(batch, width), **arguments, tolerance=tolerance, most=max_iterations)
     return hs, cs, final_h, final_c
 
 
@@ -511,7 +515,7 @@ def _backward(
     dinitial_c = floats(x, batch, width) if lstm else floats(x, 0)
     dinitial_h = floats(x, batch, width)
     GRADIENTS.launch(
-        _grid(batch, width),
+        grid_of(batch, width),
         dh=dh, dfinal_c=contiguous(dfinal[0]), dfinal_h=contiguous(dfinal[1]),
         **_inputs(inputs), **_weights(weights),
         initial_c=contiguous(initial[0]), initial_h=contiguous(initial[1]), cs=cs, hs=hs,
