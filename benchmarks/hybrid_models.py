@@ -178,7 +178,8 @@ class HybridModel:
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1 and parameter.std() < 0.1:
-                    parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.add_(noise, alpha=0.5 * parameter.shape[-1] ** -0.5)
         return model.eval()
 
     def __str__(self) -> str:

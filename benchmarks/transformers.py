@@ -65,7 +65,7 @@ QUICK = Setting(length=24, tokens=3, seconds=0.05, large=False)
 
 @dataclass(frozen=True)
 class Row:
-    """One model: median seconds by task and form, and how far apart the logits are."""
+    """One model: median seconds by task and form, and how far apart the logits are, as a part of their norm."""
 
     model: str
     layer: str
@@ -81,7 +81,7 @@ class Row:
 def measure(hybrid: HybridModel, setting: Setting) -> Row:
     """All tasks of one model, its two forms in turns."""
     model = hybrid.build(**(hybrid.large() if setting.large else {}))
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, vocabulary, (1, setting.length), generator=generator)
     with _torch_forms(hybrid):
@@ -92,7 +92,7 @@ def measure(hybrid: HybridModel, setting: Setting) -> Row:
             "decode": _in_turns(setting, _Decode(model, ids, setting.tokens).sample),
         }
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    difference = float((logits[WITH] - logits[WITHOUT]).abs().max())
+    difference = float((logits[WITH] - logits[WITHOUT]).norm() / logits[WITHOUT].norm())
     return Row(hybrid.module, hybrid.layer, parameters, seconds, difference)
 
 
@@ -196,7 +196,7 @@ def document(rows: Sequence[Row], setting: Setting, threads: int, seconds: float
         f"turns within one run, {threads} threads of {_processor()}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}. The run took {seconds:.0f} s. Without: transformers' own PyTorch "
         "forms; with: after `star_kernels.integrations.transformers.enable()`. The last column is the "
-        "largest difference of a logit. Configurations: `benchmarks/hybrid_models.py`.",
+        "norm of the difference of the logits over their norm. Configurations: `benchmarks/hybrid_models.py`.",
         "",
     ]
     if not setting.large:

@@ -15,7 +15,8 @@ from benchmarks import transformers as benchmark
 
 def test_a_quick_run_writes_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "transformers.md"
-    assert benchmark.main(["--quick", "--models", "mamba,lfm2,recurrent_gemma", "--out", str(out)]) == 0
+    options = ["--quick", "--threads", "1", "--models", "mamba,lfm2,recurrent_gemma", "--out", str(out)]
+    assert benchmark.main(options) == 0
     text = out.read_text()
     assert [line.split(" | ")[0] for line in text.splitlines() if "M |" in line] == [
         "| mamba",

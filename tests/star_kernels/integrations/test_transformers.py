@@ -122,7 +122,10 @@ def test_equals_the_unpatched_model(tiny: HybridModel) -> None:
     assert not ORIGINAL_CALLS, "calls that our operators did not take"
     assert expected_calls or tiny.module == "recurrent_gemma"
     for name in ("logits", "masked", "trained"):
-        torch.testing.assert_close(after[name], before[name], atol=TOLERANCE, rtol=TOLERANCE)
+        # At padding itself some classes answer NaN, with us as without.
+        torch.testing.assert_close(
+            after[name], before[name], atol=TOLERANCE, rtol=TOLERANCE, equal_nan=name == "masked"
+        )
     assert after["gradients"].keys() == before["gradients"].keys()
     for name, gradient in before["gradients"].items():
         scale = float(gradient.abs().max())
@@ -134,6 +137,17 @@ def test_equals_the_unpatched_model(tiny: HybridModel) -> None:
 def test_every_covered_layer_is_tested() -> None:
     with integration.enable() as coverage:
         assert set(coverage.covered) <= {f"{model.module}.{model.layer}" for model in MODELS}
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "qwen3_5", "lfm2"])
+def test_compiles_in_one_graph(name: str) -> None:
+    layer = next(m for m in _build(_by_name(name)).modules() if type(m).__name__ == _by_name(name).layer)
+    x = torch.randn(2, LENGTH, 32)
+    with integration.enable():
+        expected = layer(x)
+        result = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(result, expected)
+    torch._dynamo.reset()
 
 
 def _by_name(name: str) -> HybridModel:
@@ -151,9 +165,9 @@ def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
     model = _build(_by_name(name)).to(dtype)
     ids, mask = _tokens()
     with torch.no_grad():
-        before = model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+        before = model(input_ids=ids, use_cache=False)[0]
         with integration.enable():
-            after = model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+            after = model(input_ids=ids, use_cache=False)[0]
             assert _greedy(model, ids, mask).shape == (2, LENGTH + 7)
     assert after.dtype == before.dtype
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-12
