@@ -49,8 +49,8 @@ from star_kernels.recurrence.triton_blocks import (
 FILLED = 6144
 """Channels of all sequences together from which on programs that walk fill a data-centre GPU."""
 
-FEW = 32
-"""Tokens below which a walk is the faster form."""
+FEW = 8 if INTERPRETED else 32
+"""Tokens below which a walk is the faster form; in the interpreter, where tests are slow, fewer."""
 
 
 @triton.jit
@@ -423,7 +423,7 @@ def _gradients(
 
 def _interpretable(safe: Configuration) -> Any:
     """A scan in the interpreter is a loop in Python over all elements of a block: there blocks are small."""
-    small = Configuration({"TIME": 16, "CHANNELS": 2})
+    small = Configuration({"TIME": 8, "CHANNELS": 2})
     return lambda arguments: small if INTERPRETED else safe
 
 
