@@ -65,7 +65,7 @@ QUICK = Setting(length=24, tokens=3, seconds=0.05, large=False)
 
 @dataclass(frozen=True)
 class Row:
-    """One model: median seconds by task and form, and how far apart the logits are, as a part of their norm."""
+    """One model: median seconds by task and form, and how far apart the logits are, by their norm."""
 
     model: str
     layer: str
@@ -196,7 +196,7 @@ def document(rows: Sequence[Row], setting: Setting, threads: int, seconds: float
         f"turns within one run, {threads} threads of {_processor()}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}. The run took {seconds:.0f} s. Without: transformers' own PyTorch "
         "forms; with: after `star_kernels.integrations.transformers.enable()`. The last column is the "
-        "norm of the difference of the logits over their norm. Configurations: `benchmarks/hybrid_models.py`.",
+        "norm of the logits' difference over their norm. Configurations: `benchmarks/hybrid_models.py`.",
         "",
     ]
     if not setting.large:
