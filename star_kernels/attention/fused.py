@@ -78,6 +78,9 @@ def _attention(
         window = None
     plain = window is None and cu_seqlens is None
     square = bool(causal and plain and queries == keys)  # under compilation the comparison is symbolic
+    if scale is not None and scale <= 0.0:
+        # PyTorch's causal kernel scales its mask of -inf as well; the sign can stand in the queries.
+        q, scale = (-q, -scale) if scale < 0.0 else (torch.zeros_like(q), 1.0)
     mask = None
     if not plain or (causal and not square and queries > 1):
         mask = reference.visible_keys(q, k, causal, window, cu_seqlens)

@@ -96,6 +96,8 @@ CASES = [
     Case("attention", "no-key", full(2, 5, 0, 4, 2, 16, 16)),
     Case("attention", "no-batch", full(0, 5, 5, 4, 2, 16, 16)),
     Case("attention", "odd-widths", full(1, 45, 45, 3, 1, 13, 21, scale=0.4)),
+    Case("attention", "negative-scale", full(1, 19, 19, 2, 1, 8, 8, scale=-0.4)),
+    Case("attention", "no-scale", full(1, 9, 9, 2, 1, 8, 8, scale=0.0)),
     Case("attention", "window-of-one", full(1, 20, 20, 2, 2, 8, 8, window=1), constant=SCORED),
     Case("attention", "window-both-sides", full(1, 30, 30, 2, 2, 8, 8, causal=False, window=5)),
     Case("attention", "both-sides-blind", full(1, 30, 9, 2, 2, 8, 8, causal=False, window=5)),
