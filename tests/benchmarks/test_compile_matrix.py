@@ -14,7 +14,6 @@ pytest.importorskip("triton")
 
 from star_kernels import dispatch
 
-
 OPERATORS = [name for name in dispatch.operators() if dispatch.form(name, "triton") is not None]
 
 
