@@ -216,8 +216,8 @@ def _scan_backward(
     place = index.to(tl.int64) * width + channel
     state = tl.zeros((CHANNELS,), tl.float32)
     if initial is not None:
-        at = initial + tl.maximum(sequence, 0).to(tl.int64) * width + channel
-        state += tl.load(at, channel < width, other=0.0).to(tl.float32)
+        initial += tl.maximum(sequence, 0).to(tl.int64) * width
+        state += tl.load(initial + channel, channel < width, other=0.0).to(tl.float32)
     handed = tl.zeros((CHANNELS,), tl.float32)
     if before is not None:
         handed += tl.load(before + place, channel < width, other=0.0).to(tl.float32)
@@ -247,7 +247,11 @@ def _walk(time: int, warps: int, stages: int) -> Configuration:
 _WALKS = (_walk(16, 1, 5), _walk(32, 1, 3), _walk(16, 2, 5), _walk(8, 1, 8), _walk(32, 1, 4))
 SUMMARIES = Kernel("linear_scan_summaries", _summaries, _WALKS)
 SCAN = Kernel("linear_scan_forward", _scan, _WALKS)
-SCAN_BACKWARD = Kernel("linear_scan_backward", _scan_backward, _WALKS)
+SCAN_BACKWARD = Kernel(
+    "linear_scan_backward",
+    _scan_backward,
+    (_walk(8, 1, 8), _walk(8, 1, 6), _walk(8, 2, 8), _walk(16, 1, 5), _walk(16, 2, 5)),
+)
 
 
 def _pass_states(

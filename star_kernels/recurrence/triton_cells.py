@@ -442,7 +442,7 @@ _SOLVE_BLOCKS = (
     _block(256, 8, 8),
     _block(64, 32, 8),
 )
-_GRADIENT_BLOCKS = (_block(64, 32, 8), _block(64, 16, 4), _block(32, 32, 4), _block(128, 16, 8))
+_GRADIENT_BLOCKS = (_block(32, 16, 4), _block(64, 16, 8), _block(32, 32, 8), _block(64, 32, 16))
 SOLVE = Kernel("cell_solve", _solve, _SOLVE_BLOCKS, shape=_label, choose=_interpretable(_SOLVE_BLOCKS[0]))
 GRADIENTS = Kernel(
     "cell_gradients", _gradients, _GRADIENT_BLOCKS, shape=_label, choose=_interpretable(_GRADIENT_BLOCKS[0])

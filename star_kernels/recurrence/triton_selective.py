@@ -293,7 +293,10 @@ def _selective_backward(
                     y_t = tl.sum(h * c_t[:, None], 0) + skip * x_t
                     tl.store(dz + out, y_t * tl.sum(tl.where(row == t, gate_slope, nothing), 0), exists)
                 tl.store(dx + out, through * step_t + skip * gated_t, exists)
-                h = states_before[t]
+                if t == 0:  # the history has it: it need not wait in registers
+                    h = tl.load(history + start // TIME * STATES * CHANNELS + slot_cell)
+                else:
+                    h = states_before[t]
                 handed = g * decays[t]
                 dexponent = handed * h
                 sum_a += dexponent * step_t[None, :]
@@ -333,14 +336,31 @@ SELECTIVE = Kernel(
     ),
     shape=_states_label,
 )
+
+
+def _backward_configuration(time: int, channels: int) -> Configuration:
+    return Configuration({"TIME": time, "PER_LANE": channels}, num_warps=1, num_stages=1)
+
+
+_BACKWARD = tuple(_backward_configuration(*sizes) for sizes in ((2, 2), (2, 1), (2, 4), (4, 2), (4, 4)))
+
+
+def _aligned(sizes: dict[str, Any]) -> bool:
+    """Whether the compiler sees that two neighbouring channels may be loaded at once."""
+    return bool(sizes["width"] % 16 == 0 and sizes["groups"] == 1)
+
+
+def _least_time(sizes: dict[str, Any]) -> int:
+    """Tokens between two states in the history: where a lane has a channel for itself, fewer fit."""
+    return 2 if _aligned(sizes) else 1
+
+
 SELECTIVE_BACKWARD = Kernel(
     "selective_scan_backward",
     _selective_backward,
-    tuple(
-        Configuration({"TIME": time, "PER_LANE": channels}, num_warps=1, num_stages=1)
-        for time, channels in ((2, 2), (2, 1), (4, 2), (2, 4), (4, 4))
-    ),
-    shape=_states_label,
+    _BACKWARD,
+    shape=lambda arguments: f"{_states_label(arguments)}{'' if _aligned(arguments) else ',unaligned'}",
+    choose=lambda arguments: _BACKWARD[0] if _aligned(arguments) else _backward_configuration(1, 1),
 )
 
 MOST_STATES = 64
@@ -469,7 +489,7 @@ def _selective_gradients(
     blocks = given.blocks(32) // groups
     dB, dC = (floats(x, batch, length, groups, blocks, states) for _ in range(2))
     total = pieces.total * groups * blocks
-    programs, slots = min(total, BACKWARD_PROGRAMS), SHORTEST // 2
+    programs, slots = min(total, BACKWARD_PROGRAMS), SHORTEST // _least_time(given.sizes)
     history = floats(x, programs * slots * given.sizes["STATES"] * 32)
     SELECTIVE_BACKWARD.launch(
         lambda blocks: (programs,),

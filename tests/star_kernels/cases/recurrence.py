@@ -147,8 +147,8 @@ CASES = [
     Case("linear_scan", "no-token", linear(2, 0, 8, state=True)),
     Case("linear_scan", "no-batch", linear(0, 4, 8)),
     Case("linear_scan", "packed", linear(1, 29, 12, state=True, packed=(0, 1, 1, 14, 29)), interpreted=False),
-    Case("selective_scan", "few", selective(1, 10, 5, 3), float32=WEIGHTS),
-    Case("selective_scan", "few-pieces", selective(1, 33, 1, 2, **EVERYTHING), float32=WEIGHTS),
+    Case("selective_scan", "few", selective(1, 10, 16, 3), float32=WEIGHTS),
+    Case("selective_scan", "few-pieces", selective(1, 33, 16, 2, **EVERYTHING), float32=WEIGHTS),
     Case("selective_scan", "few-groups", selective(1, 3, 66, 3, 2, **EVERYTHING), float32=WEIGHTS),
     Case(
         "selective_scan",
