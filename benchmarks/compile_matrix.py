@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for every kind of GPU, without one: `make compile-matrix`.
 
-Each kernel is compiled for the calls of `benchmarks.situations`, and, with the configurations that ship, for
+Each kernel is compiled for the calls of `star.bench.gpu_cases`, and, with the configurations that ship, for
 every situation of the operator tests; on failure, on a spilled register in a configuration that sm_90 gets,
 or on more shared memory than a device has, the exit code is 1. The cache of Triton keeps what did not change.
 """
@@ -23,6 +23,7 @@ import triton
 from torch import Tensor
 
 from benchmarks import situations
+from star.bench.gpu_cases import gpu_cases
 from star_kernels import dispatch
 from star_kernels.launch import INTERPRETED, Configuration, Launch
 from star_kernels.launch.offline import TARGETS, compile_launch
@@ -95,7 +96,7 @@ def jobs(operators: list[str] | None, *, one: bool) -> list[Job]:
 def _launches(operators: list[str] | None, one: bool) -> Iterator[tuple[Launch, str, bool]]:
     """Launches with their activations' dtype, and whether they are among those that are timed."""
     by_name = forms(operators)
-    for case in situations.cases(list(by_name)):
+    for case in gpu_cases(list(by_name)):
         for dtype in (HALF,) if one else (HALF, WIDE):
             for launch in situations.launches_of_case(case, dtype, by_name[case.operator]):
                 yield launch, str(dtype), True

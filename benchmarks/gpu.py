@@ -23,11 +23,12 @@ import torch
 from rich.console import Console
 
 import star_kernels
-from benchmarks import report, situations
+from benchmarks import report
 from benchmarks.checks import Check
 from benchmarks.gpu_rows import MEMORY_FRACTION, ROWS, GpuRow, Limit, tiny
 from star import bench
 from star.bench.cases import Case
+from star.bench.gpu_cases import gpu_cases
 from star_kernels import dispatch
 
 RESULTS = Path(__file__).parent / "results"
@@ -100,8 +101,8 @@ def measure_rows(
 FIRST_CALLS = """
 import json, sys, time
 import torch
-from benchmarks import situations
 from benchmarks.gpu_rows import GpuRow, tiny
+from star.bench.gpu_cases import gpu_cases
 from star.bench.cases import CASES, Fill
 from star_kernels import dispatch
 import star_kernels
@@ -269,7 +270,7 @@ def run(
         first, failures["first calls"] = {}, str(error)
     tell("memory")
     measured_loss = any(row.case.operator == "linear_cross_entropy" for row in rows)
-    loss = next(situations.cases(["linear_cross_entropy"]))
+    loss = next(gpu_cases(["linear_cross_entropy"]))
     memory = peak_memory(loss, device) if measured_loss else {}
     checks = [check for row, measured in measurements for check in row_checks(row, measured)]
     name = torch.cuda.get_device_name(device) if device != "cpu" else "Triton's interpreter"

@@ -1,11 +1,11 @@
-"""What `benchmarks.gpu` times, and what it must reach; the calls are those of `benchmarks.situations`."""
+"""What `benchmarks.gpu` times, and what it must reach; the calls are those of `star.bench.gpu_cases`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from benchmarks import situations
 from star.bench.cases import CASES, Case
+from star.bench.gpu_cases import gpu_cases
 
 __all__ = ["MEMORY_FRACTION", "ROWS", "GpuRow", "Limit", "tiny"]
 
@@ -52,7 +52,7 @@ class GpuRow:
 def _rows(
     operator: str, passes: str, *limits: Limit, backends: tuple[str, ...] | None = None
 ) -> list[GpuRow]:
-    made = [GpuRow(case, passes, limits) for case in situations.cases([operator])]
+    made = [GpuRow(case, passes, limits) for case in gpu_cases([operator])]
     return [replace(row, backends=backends) for row in made] if backends else made
 
 

@@ -1,64 +1,16 @@
-"""The calls that the Triton kernels are compiled, tuned and measured for on a GPU.
-
-Sizes fill a data-centre GPU (batch x length x width = 8 x 4096 x 2048); the operators and their arguments are
-those of `star.bench.cases`.
-"""
+"""Which kernels a call would launch: recorded on fake tensors, without a GPU and without computing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from star.bench.cases import CASES, Case, Fill, tensors
+from star.bench.cases import Case, Fill, tensors
 from star_kernels.launch import Launch, recording
-
-GPU_SIZES: Mapping[str, tuple[Mapping[str, int], ...]] = {
-    "short_conv": ({"B": 8, "L": 4096, "D": 2048, "K": 4},),
-    "gated_short_conv": ({"B": 8, "L": 4096, "D": 2048, "K": 3},),
-    "long_conv": ({"B": 8, "L": 4096, "D": 2048},),
-    "gated_long_conv": (
-        {"B": 8, "L": 2048, "D": 2048},
-        {"B": 8, "L": 4096, "D": 2048},
-        {"B": 8, "L": 8192, "D": 2048},
-    ),
-    "linear_scan": ({"B": 8, "L": 4096, "D": 2048},),
-    "selective_scan": ({"B": 8, "L": 4096, "D": 2048, "N": 16},),
-    "gated_linear_attention": (
-        {"B": 8, "L": 4096, "H": 16, "Dk": 128, "Dv": 128},
-        {"B": 8, "L": 4096, "H": 32, "Dk": 64, "Dv": 64},
-    ),
-    "gated_delta_rule": (
-        {"B": 8, "L": 4096, "H": 16, "Dk": 128, "Dv": 128},
-        {"B": 8, "L": 4096, "H": 32, "Dk": 64, "Dv": 64},
-    ),
-    "gru_scan": ({"B": 8, "L": 4096, "D": 2048},),
-    "lstm_scan": ({"B": 8, "L": 4096, "D": 2048},),
-    "attention": (
-        {"B": 8, "L": 4096, "H": 32, "Dh": 64},
-        {"B": 8, "L": 4096, "H": 16, "Dh": 128},
-    ),
-    "diff_attention": (
-        {"B": 8, "L": 4096, "H": 16, "Dh": 64},
-        {"B": 8, "L": 4096, "H": 8, "Dh": 128},
-    ),
-    "rms_norm": ({"B": 8, "L": 4096, "D": 2048},),
-    "rope": ({"B": 8, "L": 4096, "H": 32, "Dh": 64},),
-    "glu": ({"B": 8, "L": 4096, "D": 2048},),
-    "linear_cross_entropy": ({"N": 8192, "D": 2048, "V": 128256},),
-}
-
-
-def cases(operators: list[str] | None = None) -> Iterator[Case]:
-    """The timed calls, in the README's order of operators; all of them, or those of the operators named."""
-    for operator, case in CASES.items():
-        if operators is None or operator in operators:
-            for sizes in GPU_SIZES.get(operator, ()):
-                yield replace(case, sizes=dict(sizes))
 
 
 def launches_of_case(case: Case, dtype: torch.dtype, form: Callable[..., Any]) -> list[Launch]:

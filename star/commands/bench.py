@@ -49,6 +49,7 @@ def bench(
     """
     with reported():
         from star import bench as timing
+        from star.bench.gpu_cases import gpu_cases
         from star.commands.terminal import emit, say, screen
 
         sizes = None if shape is None else _sizes(shape)
@@ -60,6 +61,8 @@ def bench(
             return
         cases = [timing.case(name, sizes) for name in operators or timing.CASES]
         if tune is not None:
+            if sizes is None and device.startswith("cuda"):
+                cases = list(gpu_cases(operators))
             _tune(cases, operators is None, dtype, device, tune, as_json)
             return
         if backward and operators is None:
