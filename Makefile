@@ -24,16 +24,16 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy star star_kernels benchmarks
 
-# Remakes benchmarks/results/cpu.md, in about a quarter of an hour of an otherwise idle machine. Of fla, only the files
+# Remakes benchmarks/results/cpu.md, in about twenty minutes of an otherwise idle machine. Of fla, only the files
 # of its plain definitions are read, which need none of its dependencies.
 $(VENV)/.peers: $(VENV)/.dev
 	$(PIP) --no-deps fla-core==0.6.0
 	@touch $@
 
 bench-cpu: $(VENV)/.peers build
-	$(BIN)/python -m benchmarks.cpu $(BENCH)
+	$(BIN)/python -m benchmarks.cpu --compile $(BENCH)
 
-# All tests that need a GPU, then benchmarks/results/<device>.md, in under nine minutes.
+# All tests that need a GPU, then benchmarks/results/<device>.md.
 bench-gpu: $(VENV)/.dev build
 	$(BIN)/python -m benchmarks.gpu $(BENCH)
 

@@ -35,9 +35,9 @@ def _introduction(results: Results) -> str:
     copies = sorted(m.bytes / m.copy.median / 1e9 for m in measurements)
     products = sorted(m.product_operations / m.product.median / 1e9 for m in measurements)
     text = (
-        "Remade by `python -m benchmarks.cpu` (`make bench-cpu`). Medians of samples taken in turns within "
-        f"one run, {conditions['dtype']}, {conditions['threads']} threads, torch {conditions['torch']}, "
-        f"{conditions['instructions']}. This machine's own yardsticks, measured beside each operator: a copy "
+        "Remade by `python -m benchmarks.cpu --compile` (`make bench-cpu`). Medians of samples taken in "
+        f"turns within one run, {conditions['dtype']}, {conditions['threads']} threads, "
+        f"torch {conditions['torch']}, {conditions['instructions']}. This machine's own yardsticks, measured beside each operator: a copy "
         f"{_range(copies)} GB/s (read and written bytes; of as many bytes as the operator moves), a product "
         f"of two 1024 x 1024 matrices {_range(products)} GFLOP/s. The run took {conditions['seconds']} s."
     )

@@ -1,8 +1,8 @@
 """Models of transformers with and without `star_kernels.integrations.transformers.enable()`.
 
     python -m benchmarks.transformers             # all classes, writes benchmarks/results/transformers.md
-    python -m benchmarks.transformers --models mamba,lfm2 --out /tmp/some.md
-    python -m benchmarks.transformers --quick --out /tmp/quick.md
+    python -m benchmarks.transformers --models mamba,lfm2 --out some.md
+    python -m benchmarks.transformers --quick --out quick.md
 
 Random weights, width 768, batch 1. Forward and forward + backward over 1024 tokens; decoding 64 tokens, one
 at a time, after that prompt. "Without" are transformers' own PyTorch forms, which it takes where

@@ -194,7 +194,8 @@ def measure(
                 if problem:
                     del ours[COMPILED]
                     absent[COMPILED] = problem
-            absent |= _drop_failing(others)
+            if place.type == "cuda":
+                absent |= _drop_failing(others)
             timings = interleaved({**ours, **others, **yardsticks}, seconds, place)
         used = torch.get_num_threads()
     return Measurement(
@@ -296,16 +297,16 @@ def _peer_calls(
 
 
 def _drop_failing(peers: dict[str, Callable[[], object]]) -> dict[str, str]:
-    """Takes out the peers that can't answer the call at all, on a GPU; says why by name.
+    """Takes out the peers that can't answer the call at all, and says why by name.
 
-    A package of another version, a size that it does not take or too little memory must not end a run.
+    For GPUs: on a CPU all of them are known to run, and some take minutes. A package of
+    another version, a size that it does not take or too little memory must not end a run.
     """
     problems = {}
     for name, call in list(peers.items()):
         try:
-            if torch.cuda.is_available():  # on a CPU all of them are known to run, and some take minutes
-                call()
-                torch.cuda.synchronize()
+            call()
+            torch.cuda.synchronize()
         except Exception as error:
             del peers[name]
             problems[name] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from star.bench.peers import Peer
+from star.bench.peers import (
+    CHANNELS_FIRST,
+    HEADS_FIRST,
+    Peer,
+    channels_first,
+    channels_last,
+    decay_before_beta,
+    rfft_convolution,
+)
 
 __all__ = ["GPU_PEERS"]
 
@@ -24,23 +32,6 @@ _GPU = ("cuda",)
 def _from(module: str, name: str) -> Callable[[], Callable[..., Any]]:
     """Finds a function of a package; a missing one raises ImportError or AttributeError."""
     return lambda: getattr(importlib.import_module(module), name)
-
-
-def _heads_first(*arguments: Tensor) -> tuple[Tensor, ...]:
-    """(B, L, H, Dh) to (B, H, L, Dh); what is no such tensor stays."""
-    return tuple(value.transpose(1, 2).contiguous() if value.dim() == 4 else value for value in arguments)
-
-
-def _heads_last(result: Any) -> Tensor:
-    return (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
-
-
-def _channels_first(*arguments: Tensor) -> tuple[Tensor, ...]:
-    return tuple(value.mT.contiguous() if value.dim() == 3 else value for value in arguments)
-
-
-def _channels_last(result: Any) -> Tensor:
-    return (result[0] if isinstance(result, tuple) else result).mT
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -57,19 +48,13 @@ def _gated_causal_conv1d() -> Callable[..., Any]:
     return lambda b, c, x, weight: c * convolve(b * x, weight)
 
 
-def _fft() -> Callable[..., Any]:
-    def convolve(x: Tensor, kernel: Tensor) -> Tensor:
-        """torch.fft takes float32; the sums of a long convolution want it too."""
-        length = x.shape[-1]
-        spectrum = torch.fft.rfft(x.float(), n=2 * length) * torch.fft.rfft(kernel.float(), n=2 * length)
-        return torch.fft.irfft(spectrum, n=2 * length)[..., :length].to(x.dtype)
-
-    return convolve
+def _fft(x: Tensor, kernel: Tensor) -> Tensor:
+    """torch.fft takes float32; the sums of a long convolution want it too."""
+    return rfft_convolution(x.float(), kernel.float()).to(x.dtype)
 
 
-def _gated_fft() -> Callable[..., Any]:
-    convolve = _fft()
-    return lambda b, c, x, kernel: c * convolve(b * x, kernel)
+def _gated_fft(b: Tensor, c: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
+    return c * _fft(b * x, kernel)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -81,14 +66,8 @@ def _with_log_decay(decay: Tensor, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _mamba(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor) -> tuple[Any, ...]:
-    first = _channels_first(x, dt, B, C, z)
+    first = channels_first(x, dt, B, C, z)
     return first[0], first[1], A, first[2], first[3], D, first[4]
-
-
-def _decay_before_beta(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor
-) -> tuple[Tensor, ...]:
-    return q, k, v, log_decay, beta
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -150,14 +129,11 @@ def _gpu_peer(name: str, find: Callable[[], Callable[..., Any]], **layout: Any) 
     return Peer(name, find, devices=_GPU, **layout)
 
 
-_CHANNELS: dict[str, Any] = {"arrange": _channels_first, "restore": _channels_last}
-_HEADS: dict[str, Any] = {"arrange": _heads_first, "restore": _heads_last}
-
 GPU_PEERS: dict[str, tuple[Peer, ...]] = {
-    "short_conv": (_gpu_peer("causal-conv1d", _causal_conv1d, **_CHANNELS),),
-    "gated_short_conv": (_gpu_peer("causal-conv1d, composed", _gated_causal_conv1d, **_CHANNELS),),
-    "long_conv": (_gpu_peer("torch.fft", _fft, **_CHANNELS),),
-    "gated_long_conv": (_gpu_peer("torch.fft", _gated_fft, **_CHANNELS),),
+    "short_conv": (_gpu_peer("causal-conv1d", _causal_conv1d, **CHANNELS_FIRST),),
+    "gated_short_conv": (_gpu_peer("causal-conv1d, composed", _gated_causal_conv1d, **CHANNELS_FIRST),),
+    "long_conv": (_gpu_peer("torch.fft", lambda: _fft, **CHANNELS_FIRST),),
+    "gated_long_conv": (_gpu_peer("torch.fft", lambda: _gated_fft, **CHANNELS_FIRST),),
     "linear_scan": (
         _gpu_peer("fla chunk_hgrn", _from("fla.ops.hgrn", "chunk_hgrn"), arrange=_with_log_decay),
     ),
@@ -166,7 +142,7 @@ GPU_PEERS: dict[str, tuple[Peer, ...]] = {
             "mamba-ssm selective_scan_fn",
             _from("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn"),
             arrange=_mamba,
-            restore=_channels_last,
+            restore=channels_last,
         ),
     ),
     "gated_linear_attention": (
@@ -176,15 +152,15 @@ GPU_PEERS: dict[str, tuple[Peer, ...]] = {
         _gpu_peer(
             "fla chunk_gated_delta_rule",
             _from("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
-            arrange=_decay_before_beta,
+            arrange=decay_before_beta,
         ),
     ),
     "attention": (
-        _gpu_peer("torch SDPA, flash", _sdpa("FLASH_ATTENTION"), **_HEADS),
-        _gpu_peer("torch SDPA, cuDNN", _sdpa("CUDNN_ATTENTION"), **_HEADS),
-        _gpu_peer("FlexAttention", _flex_attention, **_HEADS),
+        _gpu_peer("torch SDPA, flash", _sdpa("FLASH_ATTENTION"), **HEADS_FIRST),
+        _gpu_peer("torch SDPA, cuDNN", _sdpa("CUDNN_ATTENTION"), **HEADS_FIRST),
+        _gpu_peer("FlexAttention", _flex_attention, **HEADS_FIRST),
     ),
-    "diff_attention": (_gpu_peer("two SDPA flash calls and a subtraction", _sdpa_difference, **_HEADS),),
+    "diff_attention": (_gpu_peer("two SDPA flash calls and a subtraction", _sdpa_difference, **HEADS_FIRST),),
     "glu": (_gpu_peer("Liger swiglu", _liger("swiglu", "LigerSiLUMulFunction")),),
     "rms_norm": (
         _gpu_peer(

@@ -104,19 +104,18 @@ def _composed(name: str, function: Callable[..., Any], **layout: Any) -> Peer:
 # Layouts
 
 
-def _channels_first(value: Tensor) -> Tensor:
+def _one(value: Tensor) -> Tensor:
     """(B, L, D) to a contiguous (B, D, L)."""
     return value.transpose(1, 2).contiguous()
 
 
-def _all_channels_first(*arguments: Any) -> tuple[Any, ...]:
+def channels_first(*arguments: Any) -> tuple[Any, ...]:
     return tuple(
-        _channels_first(value) if isinstance(value, Tensor) and value.dim() == 3 else value
-        for value in arguments
+        _one(value) if isinstance(value, Tensor) and value.dim() == 3 else value for value in arguments
     )
 
 
-def _channels_last(result: Any) -> Tensor:
+def channels_last(result: Any) -> Tensor:
     return _as_it_is(result).transpose(1, 2)
 
 
@@ -146,7 +145,7 @@ def _gated_short_conv_last(b: Tensor, c: Tensor, x: Tensor, weight: Tensor) -> T
     return c * _short_conv_last(b * x, weight)
 
 
-def _rfft_first(x: Tensor, kernel: Tensor) -> Tensor:
+def rfft_convolution(x: Tensor, kernel: Tensor) -> Tensor:
     length = x.shape[-1]
     spectrum = torch.fft.rfft(x, n=2 * length) * torch.fft.rfft(kernel, n=2 * length)
     return torch.fft.irfft(spectrum, n=2 * length)[..., :length]
@@ -159,7 +158,7 @@ def _rfft_last(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _gated_rfft_first(b: Tensor, c: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
-    return c * _rfft_first(b * x, kernel)
+    return c * rfft_convolution(b * x, kernel)
 
 
 def _gated_rfft_last(b: Tensor, c: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
@@ -227,7 +226,8 @@ def _with_no_reset(decay: Tensor, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _chunk_scan() -> Callable[..., Any]:
-    return lambda *arguments: _transformers("mamba2", "mamba2_chunk_scan")()(*arguments, CHUNK)
+    scan = _transformers("mamba2", "mamba2_chunk_scan")()
+    return lambda *arguments: scan(*arguments, CHUNK)
 
 
 def _as_mamba2(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[Tensor, ...]:
@@ -237,9 +237,7 @@ def _as_mamba2(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[Tens
     return v / dt[..., None], dt, minus_one, k, q * q.shape[-1] ** -0.5
 
 
-def _decay_before_beta(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor
-) -> tuple[Tensor, ...]:
+def decay_before_beta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor) -> tuple[Tensor, ...]:
     return q, k, v, log_decay, beta
 
 
@@ -247,24 +245,24 @@ def _decay_before_beta(
 # The table
 
 _CPU = ("cpu",)
-_CONV_LAYOUT: dict[str, Any] = {"arrange": _all_channels_first, "restore": _channels_last}
-_HEADS_LAYOUT: dict[str, Any] = {"arrange": _heads_first, "restore": _channels_last}
+CHANNELS_FIRST: dict[str, Any] = {"arrange": channels_first, "restore": channels_last}
+HEADS_FIRST: dict[str, Any] = {"arrange": _heads_first, "restore": channels_last}
 
 PEERS: dict[str, tuple[Peer, ...]] = {
     "short_conv": (
-        Peer("transformers causal_conv1d_fn", _transformers("mamba", "causal_conv1d_fn"), **_CONV_LAYOUT),
+        Peer("transformers causal_conv1d_fn", _transformers("mamba", "causal_conv1d_fn"), **CHANNELS_FIRST),
         _composed("composed, (B, L, D)", _short_conv_last),
     ),
     "gated_short_conv": (
-        _composed("composed, (B, D, L)", _gated_short_conv_first, **_CONV_LAYOUT),
+        _composed("composed, (B, D, L)", _gated_short_conv_first, **CHANNELS_FIRST),
         _composed("composed, (B, L, D)", _gated_short_conv_last),
     ),
     "long_conv": (
-        _composed("rfft, (B, D, L)", _rfft_first, **_CONV_LAYOUT, devices=_CPU),
+        _composed("rfft, (B, D, L)", rfft_convolution, **CHANNELS_FIRST, devices=_CPU),
         _composed("rfft, (B, L, D)", _rfft_last, devices=_CPU),
     ),
     "gated_long_conv": (
-        _composed("rfft, (B, D, L)", _gated_rfft_first, **_CONV_LAYOUT, devices=_CPU),
+        _composed("rfft, (B, D, L)", _gated_rfft_first, **CHANNELS_FIRST, devices=_CPU),
         _composed("rfft, (B, L, D)", _gated_rfft_last, devices=_CPU),
     ),
     "linear_scan": (
@@ -276,8 +274,8 @@ PEERS: dict[str, tuple[Peer, ...]] = {
         Peer(
             "transformers mamba_selective_scan",
             _transformers("mamba", "mamba_selective_scan"),
-            _all_channels_first,
-            _channels_last,
+            channels_first,
+            channels_last,
             devices=_CPU,
         ),
     ),
@@ -290,24 +288,24 @@ PEERS: dict[str, tuple[Peer, ...]] = {
         Peer(
             "transformers torch_chunk_gated_delta_rule",
             _transformers("qwen3_next", "torch_chunk_gated_delta_rule"),
-            _decay_before_beta,
+            decay_before_beta,
             devices=_CPU,
         ),
         Peer(
             "transformers torch_recurrent_gated_delta_rule",
             _transformers("qwen3_next", "torch_recurrent_gated_delta_rule"),
-            _decay_before_beta,
+            decay_before_beta,
             devices=_CPU,
         ),
         Peer(
             "fla naive_chunk_gated_delta_rule",
             _fla("gated_delta_rule", "naive_chunk_gated_delta_rule"),
-            _decay_before_beta,
+            decay_before_beta,
             devices=_CPU,
         ),
     ),
-    "attention": (_composed("torch SDPA", _sdpa, **_HEADS_LAYOUT),),
-    "diff_attention": (_composed("two SDPA calls and a subtraction", _sdpa_difference, **_HEADS_LAYOUT),),
+    "attention": (_composed("torch SDPA", _sdpa, **HEADS_FIRST),),
+    "diff_attention": (_composed("two SDPA calls and a subtraction", _sdpa_difference, **HEADS_FIRST),),
     "attention_decode": (
         _composed("torch SDPA", _sdpa_over_cache, arrange=_cache_heads_first, restore=lambda y: y.squeeze(2)),
     ),

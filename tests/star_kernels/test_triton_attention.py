@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 import star_kernels
 from star_kernels import dispatch
 from star_kernels.launch import kernels
