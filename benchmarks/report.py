@@ -37,7 +37,8 @@ def _introduction(results: Results) -> str:
     text = (
         "Remade by `python -m benchmarks.cpu --compile` (`make bench-cpu`). Medians of samples taken in "
         f"turns within one run, {conditions['dtype']}, {conditions['threads']} threads, "
-        f"torch {conditions['torch']}, {conditions['instructions']}. This machine's own yardsticks, measured beside each operator: a copy "
+        f"torch {conditions['torch']}, {conditions['instructions']}. This machine's own yardsticks, "
+        "measured beside each operator: a copy "
         f"{_range(copies)} GB/s (read and written bytes; of as many bytes as the operator moves), a product "
         f"of two 1024 x 1024 matrices {_range(products)} GFLOP/s. The run took {conditions['seconds']} s."
     )
