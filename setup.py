@@ -1,18 +1,28 @@
-"""Builds the compiled CPU operators, star_kernels._C, with ninja; everything else is in pyproject.toml.
+"""Builds the compiled operators with ninja: star_kernels._C (CPU) and, where nvcc is, star_kernels._C_cuda.
 
-One shared object serves every Python >= 3.10 (limited API) and every torch >= 2.10 (LibTorch's stable ABI).
-Without a C++ compiler or torch's headers the package is built all the same, without compiled operators.
-The environment: CXX and CXXFLAGS, MAX_JOBS (compilers at a time), STAR_KERNELS_CPP=0 (no compiled operators).
+Either shared object serves every Python >= 3.10 (limited API) and every torch >= 2.10 (LibTorch's stable
+ABI); a torch without CUDA is enough to build both. Without a C++ compiler or torch's headers the package is
+built all the same, without compiled operators; without nvcc, without those of NVIDIA GPUs.
+
+The environment:
+    CXX, CXXFLAGS, LDFLAGS     compiler and flags of C++; CUDACXX or CUDA_HOME: where nvcc is, if not on PATH
+    MAX_JOBS                   compilers at a time
+    STAR_KERNELS_CPP=0         no compiled operators
+    STAR_KERNELS_CUDA=0|1      no CUDA operators; 1: an error where they can't be built
+    STAR_KERNELS_CUDA_ARCHS    what to compile them for, as "80;90a;100+PTX;120"
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -49,8 +59,24 @@ X86_LEVELS = {
 }
 
 
+# Machine code for every kind of NVIDIA GPU since the A100: code for X.0 runs on every X.y, code for 90a on
+# 9.0 alone, and there is no other 9.x. The PTX, which drivers compile on later GPUs, is that of 100 and not
+# of 120, so that it serves 11.0 as well.
+CUDA_ARCHS = "80;90a;100+PTX;120"
+OLDEST_NVCC = (12, 0)  # the first whose C++17 compiles torch's headers
+CUDA_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-DUSE_CUDA",
+    f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-Xptxas=-v",
+]
+
+
 class Unbuildable(Exception):
-    """Why the compiled operators cannot be built here, in one sentence."""
+    """Why an object cannot be built here, in one sentence."""
 
 
 def torch_folders() -> tuple[list[Path], Path]:
@@ -95,79 +121,281 @@ def escape(path: Path | str) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def write_ninja(folder: Path, target: Path) -> None:
-    """Writes build.ninja: one object a torch-side source, one a *kernels.cpp and level, one shared object."""
-    includes, libraries = torch_folders()
-    include_flags = " ".join(f'-isystem "{path}"' for path in [*includes, sysconfig.get_path("include")])
-    level_flags = levels()
-    has_levels = " -DSTAR_HAS_X86_LEVELS" if len(level_flags) > 1 else ""
-    user_flags = os.environ.get("CXXFLAGS", "")
-    lines = [
+@dataclass
+class NinjaFile:
+    """One build.ninja: objects are added, then linked into one shared object."""
+
+    folder: Path
+    lines: list[str]
+    objects: list[str] = field(default_factory=list)
+
+    def compile(self, rule: str, source: Path, name: str, extra: str, note: str = "") -> None:
+        output = escape(self.folder / f"{name}.o")
+        self.objects.append(output)
+        self.lines += [f"build {output}: {rule} {escape(source)}", f"  extra = {extra}", f"  note = {note}"]
+
+    def link(self, target: Path, flags: str, needs: list[Path]) -> None:
+        implicit = " ".join(escape(path) for path in needs)
+        self.lines += [
+            f"build {escape(target)}: link {' '.join(self.objects)} | {implicit}",
+            f"  link = {flags}",
+            f"default {escape(target)}",
+        ]
+
+    def write(self) -> None:
+        write_changed(self.folder / "build.ninja", "\n".join(self.lines) + "\n")
+
+
+def write_changed(path: Path, text: str) -> None:
+    """Writes a file unless that is what it holds, so that what depends on it stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def export_only(module: str, folder: Path) -> tuple[str, list[Path]]:
+    """Linker flags that export a module's one entry point, and the files that they name.
+
+    Templates of the C++ library that the compiler puts into the object would be exported otherwise, and
+    could take the place of another library's.
+    """
+    if sys.platform == "darwin":
+        return f"-Wl,-exported_symbol,_PyInit_{module} -undefined dynamic_lookup", []
+    script = folder / "exports.map"
+    write_changed(script, f"{{ global: PyInit_{module}; local: *; }};\n")
+    return f'-Wl,--version-script="{script}"', [script]
+
+
+def cpp_rules(extra: str = "") -> list[str]:
+    """How C++ is compiled, for both objects."""
+    return [
         f"cxx = {compiler()}",
-        f"flags = {' '.join(COMMON_FLAGS)}{has_levels} {user_flags}",
+        f"flags = {' '.join(COMMON_FLAGS)} {extra} {os.environ.get('CXXFLAGS', '')}",
         "rule compile",
         "  command = $cxx -MMD -MF $out.d $flags $extra -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
-        "  description = compile $in $level",
-        "rule link",
-        "  command = $cxx -shared $in -o $out $link",
-        "  description = link $out",
+        "  description = compile $in$note",
     ]
-    objects = []
 
-    def compile_one(source: Path, name: str, extra: str, level: str = "") -> None:
-        output = folder / f"{name}.o"
-        objects.append(escape(output))
-        lines.append(f"build {escape(output)}: compile {escape(source)}")
-        lines.append(f"  extra = {extra}")
-        lines.append(f"  level = {level}")
 
+def torch_side_flags() -> str:
+    """Where torch's and Python's headers are."""
+    return " ".join(f'-isystem "{path}"' for path in [*torch_folders()[0], sysconfig.get_path("include")])
+
+
+def describe_cpu_build(folder: Path, target: Path) -> None:
+    """build.ninja of _C: one object a torch-side source, one a *kernels.cpp and level, one shared object."""
+    level_flags = levels()
+    has_levels = "-DSTAR_HAS_X86_LEVELS" if len(level_flags) > 1 else ""
+    link_rule = ["rule link", "  command = $cxx -shared $in -o $out $link", "  description = link $out"]
+    ninja = NinjaFile(folder, [*cpp_rules(has_levels), *link_rule])
     csrc = ROOT / "csrc"
-    torch_side = [csrc / "ops.cpp", csrc / "common" / "level.cpp", *sorted(csrc.glob("*/*cpu.cpp"))]
-    for source in torch_side:
-        compile_one(source, f"{source.parent.name}_{source.stem}", include_flags)
+    include_flags = torch_side_flags()
+    common = [csrc / "common" / "level.cpp", csrc / "common" / "older_libraries.cpp"]
+    for source in [csrc / "ops.cpp", *common, *sorted(csrc.glob("*/*cpu.cpp"))]:
+        ninja.compile("compile", source, f"{source.parent.name}_{source.stem}", include_flags)
     for source in sorted(csrc.glob("*/*kernels.cpp")):
         for level, flags in level_flags.items():
             extra = " ".join([*KERNEL_FLAGS, *flags, f"-DSTAR_LEVEL={level}"])
-            compile_one(source, f"{source.parent.name}_{source.stem}_{level}", extra, f"({level})")
-    lines.append(f"build {escape(target)}: link {' '.join(objects)}")
-    # The default locale of symbols stays hidden; torch's library is found where `import torch` loaded it.
-    undefined = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
-    lines.append(f'  link = -L"{libraries}" -ltorch_cpu {undefined} {os.environ.get("LDFLAGS", "")}')
-    lines.append(f"default {escape(target)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(lines) + "\n"
-    ninja_file = folder / "build.ninja"
-    if not ninja_file.exists() or ninja_file.read_text() != text:
-        ninja_file.write_text(text)
+            ninja.compile(
+                "compile", source, f"{source.parent.name}_{source.stem}_{level}", extra, f"$ ({level})"
+            )
+    exports, needs = export_only("_C", folder)
+    # Where torch's library is when this is loaded, `import torch` has said by loading it.
+    libraries = f'-L"{torch_folders()[1]}" -ltorch_cpu'
+    ninja.link(target, f"{exports} {libraries} {os.environ.get('LDFLAGS', '')}", needs)
+    ninja.write()
+
+
+def nvcc_program() -> tuple[str, tuple[int, int]]:
+    """nvcc and its release: $CUDACXX, $CUDA_HOME/bin/nvcc, or the one on PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    wanted = os.environ.get("CUDACXX") or (str(Path(home) / "bin" / "nvcc") if home else "nvcc")
+    found = shutil.which(wanted)
+    if found is None:
+        raise Unbuildable(f"no CUDA compiler was found (looked for {wanted})")
+    answer = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.(\d+)", answer)
+    if release is None:
+        raise Unbuildable(f"{found} --version names no release")
+    version = int(release[1]), int(release[2])
+    if version < OLDEST_NVCC:
+        raise Unbuildable(f"{found} is of CUDA {version[0]}.{version[1]}, and {OLDEST_NVCC[0]} is the oldest")
+    return found, version
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """The architectures to compile for, each as "90a" or "100+PTX".
+
+    Of the default ones, those that this nvcc knows.
+    """
+    wanted = os.environ.get("STAR_KERNELS_CUDA_ARCHS")
+    archs = (wanted or CUDA_ARCHS).replace(",", ";").replace(" ", ";").split(";")
+    archs = [arch for arch in archs if arch]
+    if not all(re.fullmatch(r"\d+[af]?(\+PTX)?", arch) for arch in archs) or not archs:
+        raise SystemExit(f'STAR_KERNELS_CUDA_ARCHS is {wanted!r}; it takes a list as "{CUDA_ARCHS}"')
+    if wanted:
+        return archs
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = [arch for arch in archs if re.search(rf"compute_{arch.rstrip('+PTX').rstrip('af')}\b", listed)]
+    if not any("+PTX" in arch for arch in known):
+        known[-1] += "+PTX" if known[-1].isdigit() else ""
+    if len(known) < len(archs):
+        print(
+            f"star-kernels: this nvcc compiles for {', '.join(known)} of {', '.join(archs)}", file=sys.stderr
+        )
+    return known
+
+
+def gencode(archs: list[str]) -> str:
+    """nvcc's flags for the architectures: machine code, and with +PTX what drivers compile themselves."""
+    flags = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX")
+        code = f"sm_{number}" if number == arch else f"[sm_{number},compute_{number}]"
+        flags.append(f"-gencode=arch=compute_{number},code={code}")
+    return " ".join(flags)
+
+
+def cuda_stub(folder: Path) -> Path:
+    """A libtorch_cuda.so without contents to link against; the folder it is in.
+
+    The object then asks for libtorch_cuda.so by name, and the loader takes the one that `import torch`
+    loaded, in which other objects don't look for symbols otherwise. A torch without CUDA has no such file.
+    """
+    source = folder / "stubs" / "torch_cuda.c"
+    write_changed(source, "/* libtorch_cuda.so, of which only the name matters here */\n")
+    output = source.parent / "libtorch_cuda.so"
+    if not output.exists():
+        name = f"-Wl,-soname,{output.name}"
+        command = [*compiler().split(), "-shared", "-fPIC", name, str(source), "-o", str(output)]
+        subprocess.run(command, check=True)
+    return output.parent
+
+
+def describe_cuda_build(folder: Path, target: Path) -> None:
+    """build.ninja of _C_cuda: one object a *cuda*.cu, the module, one shared object with cudart inside."""
+    nvcc, version = nvcc_program()
+    archs = cuda_archs(nvcc)
+    cxx = os.environ.get("CXX", "")
+    host = f"-ccbin={cxx}" if cxx and shutil.which(cxx) else ""  # else nvcc finds its own
+    # What ptxas says of each kernel is kept beside the object, for benchmarks/cuda_compile.py.
+    ptxas = "^ptxas info|^ *[0-9]* bytes stack frame"
+    ninja = NinjaFile(
+        folder,
+        [
+            *cpp_rules("-DUSE_CUDA"),
+            f"nvcc = {escape(nvcc)} {host}",
+            f"cuda_flags = {' '.join(CUDA_FLAGS)} {gencode(archs)}",
+            "rule compile_cuda",
+            "  command = $nvcc -MMD -MF $out.d $cuda_flags $extra -c $in -o $out 2> $out.log "
+            f"|| {{ cat $out.log >&2; exit 1; }}; grep -vE '{ptxas}' $out.log >&2 || true",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $in",
+            "rule link",
+            "  command = $cxx -shared $in -o $out $link",
+            "  description = link $out",
+        ],
+    )
+    csrc = ROOT / "csrc"
+    include_flags = torch_side_flags()
+    module = f"{include_flags} -DSTAR_CUDA_VERSION={version[0] * 1000 + version[1] * 10}"
+    ninja.compile(
+        "compile",
+        csrc / "cuda_module.cpp",
+        "cuda_module",
+        f"{module} -DSTAR_CUDA_ARCHS='\"{';'.join(archs)}\"'",
+    )
+    ninja.compile("compile", csrc / "common" / "older_libraries.cpp", "common_older_libraries", "")
+    for source in sorted(csrc.glob("*/*cuda*.cu")):
+        ninja.compile("compile_cuda", source, f"{source.parent.name}_{source.stem}", include_flags)
+    exports, needs = export_only("_C_cuda", folder)
+    libraries = [
+        f'-L"{torch_folders()[1]}" -ltorch_cpu',
+        f'-L"{cuda_stub(folder)}" -Wl,--no-as-needed -ltorch_cuda -Wl,--as-needed',
+        f'-L"{cuda_library_folder(nvcc)}" -lcudart_static -ldl -lrt -lpthread',
+    ]
+    ninja.link(target, f"{exports} {' '.join(libraries)} {os.environ.get('LDFLAGS', '')}", needs)
+    ninja.write()
+
+
+def cuda_library_folder(nvcc: str) -> Path:
+    """Where the static CUDA runtime that belongs to nvcc is."""
+    plan = subprocess.run(
+        [nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True, check=False
+    ).stderr
+    top = re.search(r"^#\$ TOP=(.*)$", plan, re.MULTILINE)
+    home = Path(top[1].strip()) if top else Path(nvcc).resolve().parent.parent
+    for folder in (home / "lib64", home / "lib", *sorted(home.glob("targets/*/lib"))):
+        if (folder / "libcudart_static.a").exists():
+            return folder
+    raise Unbuildable(f"{home} has no libcudart_static.a")
 
 
 class BuildWithNinja(build_ext):
-    """Builds the one extension with ninja, so that only what changed is compiled again."""
+    """Builds the two objects with ninja, so that only what changed is compiled again."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        folder = Path(self.build_temp).resolve() / "ninja"
         try:
-            if os.environ.get("STAR_KERNELS_CPP") == "0":
-                raise Unbuildable("STAR_KERNELS_CPP=0 asks for that")
-            write_ninja(folder, target)
-            jobs = os.environ.get("MAX_JOBS")
-            command = [ninja_program(), "-C", str(folder), *(["-j", jobs] if jobs else [])]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            subprocess.run(command, check=True)
+            if ext.name == "star_kernels._C":
+                self.build_cpu(target)
+            else:
+                self.build_cuda(target)
         except Unbuildable as reason:
-            print(
-                f"star-kernels: building without compiled CPU operators: {reason}; "
-                "everything works, on slower plain-PyTorch code.",
-                file=sys.stderr,
-            )
-            ext.optional = True
+            what, instead = LEFT_OUT[ext.name]
+            print(f"star-kernels: building without {what}: {reason}; {instead}.", file=sys.stderr)
+            self.leave_out(ext, target)
 
+    def build_cpu(self, target: Path) -> None:
+        if os.environ.get("STAR_KERNELS_CPP") == "0":
+            raise Unbuildable("STAR_KERNELS_CPP=0 asks for that")
+        self.run_ninja("ninja", describe_cpu_build, target)
+
+    def build_cuda(self, target: Path) -> None:
+        wanted = os.environ.get("STAR_KERNELS_CUDA") or None
+        if wanted not in (None, "0", "1"):
+            raise SystemExit(f"STAR_KERNELS_CUDA is {wanted!r}; it takes 0 (leave them out) or 1 (insist)")
+        if wanted == "0":
+            raise Unbuildable("STAR_KERNELS_CUDA=0 asks for that")
+        try:
+            if not self.has_cpu_object:
+                raise Unbuildable("they extend the compiled CPU operators, which are not built")
+            self.run_ninja("ninja_cuda", describe_cuda_build, target)
+        except Unbuildable as reason:
+            if wanted == "1":
+                raise SystemExit(f"star-kernels: STAR_KERNELS_CUDA=1, but {reason}") from reason
+            raise
+
+    def run_ninja(self, name: str, describe: Callable[[Path, Path], None], target: Path) -> None:
+        folder = Path(self.build_temp).resolve() / name
+        describe(folder, target)
+        jobs = os.environ.get("MAX_JOBS")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([ninja_program(), "-C", str(folder), *(["-j", jobs] if jobs else [])], check=True)
+
+    def leave_out(self, ext: Extension, target: Path) -> None:
+        """Makes setuptools accept that the object is not there, and an earlier build's not be."""
+        ext.optional = True
+        target.unlink(missing_ok=True)
+
+    @property
+    def has_cpu_object(self) -> bool:
+        return Path(self.get_ext_fullpath("star_kernels._C")).exists()
+
+
+LEFT_OUT = {
+    "star_kernels._C": ("compiled CPU operators", "everything works, on slower plain-PyTorch code"),
+    "star_kernels._C_cuda": ("CUDA operators", "GPUs are served by the Triton kernels"),
+}
 
 setup(
-    ext_modules=[Extension("star_kernels._C", sources=[], py_limited_api=True, optional=False)],
+    ext_modules=[
+        Extension("star_kernels._C", sources=[], py_limited_api=True, optional=False),
+        Extension("star_kernels._C_cuda", sources=[], py_limited_api=True, optional=False),
+    ],
     cmdclass={"build_ext": BuildWithNinja},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -18,6 +18,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from star_kernels import driver
+
 BACKENDS = ("cuda", "triton", "cpp", "torch", "reference")
 """Fastest first: the order in which ``backend=None`` tries them. "torch" is a form that rests on a fused
 kernel of PyTorch's own, which is not the operator's definition but faster than it (softmax attention)."""
@@ -65,6 +67,36 @@ def load_compiled() -> bool:
         )
         return False
     return True
+
+
+def load_cuda() -> bool:
+    """Loads the CUDA operators once, where torch and the machine have CUDA; False where they can't run.
+
+    Whether a GPU is there is asked without initialising CUDA, so a process may still fork after the import.
+    """
+    problem = _cuda_problem()
+    if problem is not None:
+        _problems["cuda"] = problem
+    return problem is None
+
+
+@functools.cache
+def _cuda_problem() -> str | None:
+    """Why the CUDA operators are not there, in one sentence, or None where they are loaded."""
+    if not torch.version.cuda:
+        return "this torch is built without CUDA, which the CUDA operators need"
+    if not torch.cuda.device_count():
+        return "torch finds no CUDA device"
+    if not load_compiled():
+        return _problems["cpp"]
+    try:
+        module = importlib.import_module("star_kernels._C_cuda")
+    except ImportError as error:
+        return (
+            "this installation has no CUDA operators (built without nvcc, or not loadable): "
+            f"{str(error).splitlines()[0]}"
+        )
+    return driver.problem(module.cuda_version, module.architectures, driver.installed())
 
 
 def load_triton(family: str) -> bool:
