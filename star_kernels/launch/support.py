@@ -9,8 +9,13 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from star_kernels.launch import interpreter
+
 INTERPRETED: bool = knobs.runtime.interpret
 """Whether Triton runs kernels in its interpreter, on CPU tensors (TRITON_INTERPRET=1 before the import)."""
+
+if INTERPRETED:
+    interpreter.repair()
 
 _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 

@@ -317,9 +317,6 @@ GRADIENTS = Kernel(
         Configuration({"VALUES": 32}, num_warps=8, num_stages=2),
     ),
     shape=label,
-    choose=lambda arguments: Configuration(
-        {"VALUES": 16 if large(arguments) else 32}, num_warps=8, num_stages=1
-    ),
 )
 KEY_GRADIENTS = Kernel(
     "gated_linear_attention_key_gradients",

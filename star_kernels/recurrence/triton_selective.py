@@ -267,12 +267,24 @@ def _selective_backward(
             h = tl.load(history + start // TIME * STATES * CHANNELS + slot_cell)
             states_before = ()
             decays = ()
+            parts = tl.cdiv(width // groups, CHANNELS)
+            partial = (((batch * length + at) * groups + group) * parts + block) * states + n
+            out = (batch * length + at) * width + channel
             for t in tl.static_range(TIME):
-                b_t = tl.load(B + shared + t * groups * states, (n < states) & (t < left), other=0.0)
+                here = (n < states) & (t < left)
+                b_t = tl.load(B + shared + t * groups * states, here, other=0.0)
+                c_t = tl.load(C + shared + t * groups * states, here, other=0.0)
                 decay = tl.exp2(a * tl.sum(tl.where(row == t, step, nothing), 0)[None, :])
                 states_before = states_before + (h,)  # type: ignore[assignment]  # noqa: RUF005
                 decays = decays + (decay,)  # type: ignore[assignment]  # noqa: RUF005
                 h = decay * h + b_t[:, None] * tl.sum(tl.where(row == t, update, nothing), 0)[None, :]
+                # What needs the state behind a token is done here, so that it need not wait in registers.
+                gated_t = tl.sum(tl.where(row == t, gated, nothing), 0)
+                tl.store(dC + partial + t * groups * parts * states, tl.sum(h * gated_t[None, :], 1), here)
+                if z is not None:
+                    y_t = tl.sum(h * c_t[:, None], 0) + skip * tl.sum(tl.where(row == t, tile_x, nothing), 0)
+                    dz_t = y_t * tl.sum(tl.where(row == t, gate_slope, nothing), 0)
+                    tl.store(dz + out + t * width, dz_t, inside & (t < left))
             for t in tl.static_range(TIME - 1, -1, -1):
                 here = (n < states) & (t < left)
                 b_t = tl.load(B + shared + t * groups * states, here, other=0.0)
@@ -281,18 +293,11 @@ def _selective_backward(
                 step_t = tl.sum(tl.where(row == t, step, nothing), 0)
                 gated_t = tl.sum(tl.where(row == t, gated, nothing), 0)
                 g = handed + c_t[:, None] * gated_t[None, :]
-                partial = (
-                    ((batch * length + at + t) * groups + group) * tl.cdiv(width // groups, CHANNELS) + block
-                ) * states + n
-                tl.store(dC + partial, tl.sum(h * gated_t[None, :], 1), here)
-                tl.store(dB + partial, tl.sum(g * (step_t * x_t)[None, :], 1), here)
+                db_t = tl.sum(g * (step_t * x_t)[None, :], 1)
+                tl.store(dB + partial + t * groups * parts * states, db_t, here)
                 through = tl.sum(g * b_t[:, None], 0)
-                out = (batch * length + at + t) * width + channel
                 exists = inside & (t < left)
-                if z is not None:
-                    y_t = tl.sum(h * c_t[:, None], 0) + skip * x_t
-                    tl.store(dz + out, y_t * tl.sum(tl.where(row == t, gate_slope, nothing), 0), exists)
-                tl.store(dx + out, through * step_t + skip * gated_t, exists)
+                tl.store(dx + out + t * width, through * step_t + skip * gated_t, exists)
                 if t == 0:  # the history has it: it need not wait in registers
                     h = tl.load(history + start // TIME * STATES * CHANNELS + slot_cell)
                 else:
@@ -303,7 +308,7 @@ def _selective_backward(
                 dstep = through * x_t + tl.sum(dexponent * a, 0) * 0.6931471805599453
                 dvalue = dstep * tl.sum(tl.where(row == t, slope, nothing), 0)
                 sum_bias += dvalue
-                tl.store(ddt + out, dvalue, exists)
+                tl.store(ddt + out + t * width, dvalue, exists)
         tl.store(dA + place, sum_a, known)
         tl.store(dD + index.to(tl.int64) * width + channel, sum_skip, inside)
         tl.store(dbias + index.to(tl.int64) * width + channel, sum_bias, inside)
