@@ -11,8 +11,15 @@ import hypothesis
 import pytest
 import torch
 
+# The CUDA kernels on the CPU (tests/emulated_cuda.py) in the place of the CPU's own, for the whole process.
+EMULATED = os.environ.get("STAR_EMULATED_CUDA")
+if EMULATED:
+    import star_kernels as star_kernels
+
+    torch.ops.load_library(EMULATED)
+
 # Without a GPU the Triton kernels are tested in Triton's interpreter, which must be chosen before the import.
-if not torch.cuda.is_available():
+elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
@@ -25,3 +32,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if EMULATED:
+        kept = [item for item in items if runs_emulated(item)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
+
+
+def runs_emulated(item: pytest.Item) -> bool:
+    """Whether a test reaches an emulated kernel: compiled rows of its operators, and all decode steps."""
+    from tests.emulated_cuda import operators
+
+    if item.path.name.startswith("test_steps_"):
+        return True
+    callspec = getattr(item, "callspec", None)
+    if callspec is None or not isinstance(item, pytest.Function):
+        return False
+    case = callspec.params.get("case")
+    operator = callspec.params.get("operator") if case is None else case.operator
+    compiled = callspec.params.get("backend", "cpp") == "cpp" and "triton" not in item.name
+    return compiled and operator in operators()

@@ -62,9 +62,9 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   return sizes;
 }
 
-// A tensor of the first one's shape and dtype, on the CPU.
+// A tensor of the first one's shape and dtype, on the same kind of device.
 inline void check_like(const Tensor& tensor, const char* name, const Tensor& first) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(is_here(tensor), name, must_be_here);
   STD_TORCH_CHECK(tensor.scalar_type() == first.scalar_type(), name, " has a wrong dtype");
   bool fits = tensor.dim() == first.dim();
   for (int64_t dim = 0; fits && dim < first.dim(); ++dim) fits = tensor.size(dim) == first.size(dim);

@@ -30,9 +30,22 @@ inline Dtype dtype_of(const Tensor& tensor, const char* name) {
   return Dtype::float32;
 }
 
-// A tensor with these sizes (-1: any), on the CPU.
+// The device whose operators the including file defines: *cuda*.cu defines STAR_ON_CUDA.
+#ifdef STAR_ON_CUDA
+constexpr const char* must_be_here = " must be on a CUDA device";
+inline bool is_here(const Tensor& tensor) { return tensor.is_cuda(); }
+inline int32_t device_type_here() { return aoti_torch_device_type_cuda(); }
+inline int32_t device_index_of(const Tensor& tensor) { return tensor.get_device(); }
+#else
+constexpr const char* must_be_here = " must be on the CPU";
+inline bool is_here(const Tensor& tensor) { return tensor.is_cpu(); }
+inline int32_t device_type_here() { return aoti_torch_device_type_cpu(); }
+inline int32_t device_index_of(const Tensor&) { return 0; }
+#endif
+
+// A tensor with these sizes (-1: any), on this file's device.
 inline void check_sizes(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(is_here(tensor), name, must_be_here);
   const auto actual = tensor.sizes();
   bool fits = actual.size() == sizes.size();
   size_t dim = 0;
@@ -63,8 +76,9 @@ inline Rows rows_of(const Tensor& tensor) {
   return rows;
 }
 
-// A contiguous CPU tensor, straight from the allocator: the dispatcher would cost a step a microsecond more.
-inline Tensor empty_cpu(const std::vector<int64_t>& sizes, int32_t dtype) {
+// A contiguous tensor beside another, straight from the allocator: the dispatcher would cost a step a
+// microsecond more.
+inline Tensor empty_beside(const Tensor& like, const std::vector<int64_t>& sizes, int32_t dtype) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t dim = sizes.size(); dim-- > 0;) {
@@ -73,8 +87,8 @@ inline Tensor empty_cpu(const std::vector<int64_t>& sizes, int32_t dtype) {
   }
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), dtype, aoti_torch_device_type_cpu(),
-                                                         0, &handle));
+                                                         strides.data(), dtype, device_type_here(),
+                                                         device_index_of(like), &handle));
   return Tensor(handle);
 }
 
@@ -88,11 +102,11 @@ inline int32_t dtype_number(const Tensor& tensor) {
 inline bool is_float32(const Tensor& tensor) { return dtype_number(tensor) == aoti_torch_dtype_float32(); }
 
 inline Tensor empty_like_shape(const Tensor& like, const std::vector<int64_t>& sizes) {
-  return empty_cpu(sizes, dtype_number(like));
+  return empty_beside(like, sizes, dtype_number(like));
 }
 
-inline Tensor empty_float(const Tensor&, const std::vector<int64_t>& sizes) {
-  return empty_cpu(sizes, aoti_torch_dtype_float32());
+inline Tensor empty_float(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return empty_beside(like, sizes, aoti_torch_dtype_float32());
 }
 
 // Any floating tensor as contiguous float32 (itself where it is that already).
