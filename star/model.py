@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -88,13 +88,26 @@ class StarModel(nn.Module):
         """
         return F.linear(self.hidden(ids, cache), self.head_weight)
 
-    def hidden(self, ids: Tensor, cache: ModelCache | None = None) -> Tensor:
-        """What the head is applied to, (B, L, D): the stack's output after the final norm."""
+    def hidden(
+        self,
+        ids: Tensor,
+        cache: ModelCache | None = None,
+        *,
+        checkpoint: Callable[..., Any] | None = None,
+    ) -> Tensor:
+        """What the head is applied to, (B, L, D): the stack's output after the final norm.
+
+        checkpoint: calls a layer with its arguments, for training that computes layers twice to save memory
+            (`torch.utils.checkpoint.checkpoint`, not reentrant).
+        """
         if ids.dim() != 2:
             raise ValueError(f"StarModel: ids has shape {tuple(ids.shape)}; it takes (B, L)")
         if cache is not None and torch.is_grad_enabled():
             with torch.no_grad():
                 return self.hidden(ids, cache)
+        if cache is not None and cache.ragged and ids.shape[1] > 1:
+            # Rows of different lengths go on side by side only token by token.
+            return torch.cat([self.hidden(token, cache) for token in ids.split(1, dim=1)], dim=1)
         stream = self.embedding(ids)
         lent: dict[int, dict[str, Tensor]] = {}
         y = self.norms[0](stream)
@@ -104,11 +117,13 @@ class StarModel(nn.Module):
             if plan.source is not None:
                 given = {name: lent[plan.source][name] for name in plan.shared}
             memory = None if cache is None else cache.layers[plan.index]
+            call = partial(layer, return_features=True) if plan.index in self._lent else layer
+            y = call(y, memory, given) if checkpoint is None else checkpoint(call, y, memory, given)
             if plan.index in self._lent:
-                y, lent[plan.index] = layer(y, memory, given, return_features=True)
-            else:
-                y = layer(y, memory, given)
+                y, lent[plan.index] = y
             y, stream = norm(y, stream)
+        if cache is not None and cache.lengths is not None:
+            cache.lengths.add_(ids.shape[1])
         return cast(Tensor, y)
 
     def allocate_cache(

@@ -47,6 +47,8 @@ class LayerCache:
         position: tokens read so far.
         derived: tensors computed once from the layer's weights (the kernel of a long convolution); no memory
             of the tokens, so not part of :attr:`nbytes`. A cache is of no use after its weights have changed.
+        lengths: where single tokens go behind each row's own last one: tokens read by every row, (B,) int64
+            on the device, the very tensor of :attr:`ModelCache.lengths`. None: all rows are at ``position``.
     """
 
     tensors: dict[str, Tensor]
@@ -54,6 +56,7 @@ class LayerCache:
     aliased: frozenset[str] = frozenset()
     position: int = 0
     derived: dict[str, Tensor] = field(default_factory=dict)
+    lengths: Tensor | None = None
 
     @classmethod
     def allocate(
@@ -100,8 +103,25 @@ class LayerCache:
 
     def write(self, name: str, new: Tensor) -> None:
         """Writes new tokens (B, L, ...) behind those read, unless the tensor's owner does."""
-        if name not in self.aliased:
-            self.tensors[name].narrow(1, self.position, new.shape[1]).copy_(new)
+        if name in self.aliased:
+            return
+        tensor = self.tensors[name]
+        if self.goes_by_row(new):
+            assert self.lengths is not None
+            rows = torch.arange(new.shape[0], device=new.device)
+            tensor.index_put_((rows, self.lengths), new[:, 0].to(tensor.dtype))
+        else:
+            tensor.narrow(1, self.position, new.shape[1]).copy_(new)
+
+    def goes_by_row(self, new: Tensor) -> bool:
+        """Whether new tokens (B, L, ...) go behind each row's own last one."""
+        return self.lengths is not None and new.shape[1] == 1
+
+    def counts(self, batch: int, device: torch.device) -> Tensor:
+        """Tokens of every row, the one that is being read included, (B,) int32."""
+        if self.lengths is not None:
+            return (self.lengths + 1).to(torch.int32)
+        return torch.full((batch,), self.position + 1, dtype=torch.int32, device=device)
 
     def derive(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """What ``compute`` makes of the layer's weights, made once and kept in ``derived``."""
@@ -123,9 +143,17 @@ class LayerCache:
 
 @dataclass
 class ModelCache:
-    """The memory of a model: one :class:`LayerCache` a layer, in their order."""
+    """The memory of a model: one :class:`LayerCache` a layer, in their order.
+
+    Args:
+        layers: of the layers.
+        lengths: tokens read by every row, once :meth:`track` was called.
+        ragged: whether the rows may differ in them.
+    """
 
     layers: list[LayerCache]
+    lengths: Tensor | None = None
+    ragged: bool = False
 
     @property
     def position(self) -> int:
@@ -155,8 +183,39 @@ class ModelCache:
         """Forgets all tokens; keeps the tensors."""
         for layer in self.layers:
             layer.reset()
+        if self.lengths is not None:
+            self.lengths.zero_()
+        self.ragged = False
 
     def reorder(self, rows: Tensor) -> None:
         """Row b becomes a copy of row ``rows[b]``, in place (beam search). ``rows`` is (B,) int64."""
         for tensor in self.tensors():
             tensor.copy_(tensor.index_select(0, rows))
+        if self.lengths is not None:
+            self.lengths.copy_(self.lengths.index_select(0, rows))
+
+    def track(self, lengths: Tensor, *, longest: int, ragged: bool) -> None:
+        """From now on a single token goes behind each row's own last one, whose place is on the device.
+
+        So rows of different lengths decode side by side, and a step has no number on the host, as a CUDA
+        graph needs. Entry t of a row's position-indexed tensors is its token t; entries behind its length
+        are of no meaning.
+
+        Args:
+            lengths: (B,) int64 on the cache's device, tokens read by every row; kept, and counted on in place.
+            longest: the largest of them.
+            ragged: whether they may differ.
+        """
+        self.lengths, self.ragged = lengths, ragged
+        for layer in self.layers:
+            layer.lengths = lengths
+            layer.position = longest
+
+    def put_rows(self, rows: Tensor, source: ModelCache) -> None:
+        """Rows ``rows`` (N,) int64 become those of ``source``, a cache of the same model with N rows and at
+        most as much room."""
+        for mine, theirs in zip(self.tensors(), source.tensors(), strict=True):
+            if mine.shape[1:] == theirs.shape[1:]:
+                mine[rows] = theirs
+            else:
+                mine[rows, : theirs.shape[1]] = theirs

@@ -63,21 +63,31 @@ class AttentionFeaturizer(nn.Module):
         features: Features = {}
         if names[-1] == "value":
             heads, features["value"] = heads.split([sum(counts[:-1]), counts[-1]], dim=2)
-        turned = self._turn(heads, 0 if cache is None else cache.position)
+        turned = self._turn(heads, cache)
         if names[0] == "key":
             features["key"], features["query"] = turned.split(counts[:2], dim=2)
         else:
             features["query"] = turned
         return features
 
-    def _turn(self, heads: Tensor, start: int) -> Tensor:
+    def _turn(self, heads: Tensor, cache: LayerCache | None) -> Tensor:
         """Rotary positions on heads (B, L, H, Dh), on each half of a head where there are two."""
         length, count = heads.shape[1], heads.shape[2]
-        cos, sin = rotary_tables(start, length, self.rotary_dim, self.rope_theta, heads.device)
+        by_row = cache is not None and cache.goes_by_row(heads)
+        if by_row:
+            assert cache is not None
+            cos, sin = rotary_tables(0, cache.max_length, self.rotary_dim, self.rope_theta, heads.device)
+            cos, sin = cos[cache.lengths], sin[cache.lengths]
+            heads = heads.transpose(0, 1)  # one token a row: rows with their places, as rope takes tokens
+        else:
+            start = 0 if cache is None else cache.position
+            cos, sin = rotary_tables(start, length, self.rotary_dim, self.rope_theta, heads.device)
         if self.rotary_dim == self.head_dim:
-            return rope(heads, cos, sin)
-        halves = heads.unflatten(-1, (-1, self.rotary_dim)).flatten(2, 3)
-        return rope(halves, cos, sin).unflatten(2, (count, -1)).flatten(3)
+            turned = rope(heads, cos, sin)
+        else:
+            halves = heads.unflatten(-1, (-1, self.rotary_dim)).flatten(2, 3)
+            turned = rope(halves, cos, sin).unflatten(2, (count, -1)).flatten(3)
+        return turned.transpose(0, 1) if by_row else turned
 
 
 class Attention(LivLayer):
@@ -163,7 +173,7 @@ class Attention(LivLayer):
         query, key, value = features["query"], features["key"], features["value"]
         if cache is None:
             return self._attend(query, key, value).flatten(2)
-        if query.shape[1] == 1 and cache.tensors["key"].dtype == query.dtype:
+        if query.shape[1] == 1 and (cache.lengths is not None or cache.tensors["key"].dtype == query.dtype):
             cache.write("key", key)
             cache.write("value", value)
             return self._decode(query, cache).flatten(2)
@@ -174,9 +184,9 @@ class Attention(LivLayer):
 
     def _decode(self, query: Tensor, cache: LayerCache) -> Tensor:
         """One token over the cache, which holds it already."""
-        count = torch.full((query.shape[0],), cache.position + 1, dtype=torch.int32, device=query.device)
-        y = attention_decode(query[:, 0], cache.tensors["key"], cache.tensors["value"], count)
-        return y.unsqueeze(1)
+        key, value = (cache.tensors[name].to(query.dtype) for name in ("key", "value"))
+        counts = cache.counts(query.shape[0], query.device)
+        return attention_decode(query[:, 0], key, value, counts).unsqueeze(1)
 
     def cache_tensors(self, max_length: int, shared: Sequence[str] = ()) -> list[CacheTensor]:
         """Keys, values, and the tail of the short convolutions."""
@@ -244,8 +254,16 @@ class DiffAttention(Attention):
         return diff_attention(q1, k1, q2, k2, value, self.lam)
 
     def _decode(self, query: Tensor, cache: LayerCache) -> Tensor:
-        end = cache.position + 1
-        return self._attend(query, cache.tensors["key"][:, :end], cache.tensors["value"][:, :end])
+        if cache.lengths is None:
+            end = cache.position + 1
+            return self._attend(query, cache.tensors["key"][:, :end], cache.tensors["value"][:, :end])
+        key, value = (cache.tensors[name].to(query.dtype) for name in ("key", "value"))
+        counts = cache.counts(query.shape[0], query.device)
+        first, second = (
+            attention_decode(half_query[:, 0], half_key, value, counts)
+            for half_query, half_key in zip(query.chunk(2, dim=-1), key.chunk(2, dim=-1), strict=True)
+        )
+        return (first - self.lam.to(first.dtype)[:, None] * second).unsqueeze(1)
 
     def materialize(self, x: Tensor, given: Mapping[str, Tensor] | None = None) -> Tensor:
         """T (B, H, L, L): the difference of two causal softmax matrices, of rank Dh / 2 before it."""
