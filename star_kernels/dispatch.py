@@ -137,6 +137,14 @@ def register(
     _implementations.setdefault(operator, {})[backend] = form
 
 
+def register_compiled(operator: str, function: Callable[..., Any], *, cuda: bool = False) -> None:
+    """Adds an operator's C++ form, and, with ``cuda``, the CUDA one: the same function, since the dispatcher
+    of torch takes a GPU's tensors to csrc/<family>/*cuda*.cu, where those are loaded."""
+    register(operator, "cpp", function, device_type="cpu", dtypes=KERNEL_DTYPES)
+    if cuda and load_cuda():
+        register(operator, "cuda", function, device_type="cuda", dtypes=KERNEL_DTYPES)
+
+
 @contextmanager
 def use(backend: str | None) -> Iterator[None]:
     """Inside, ``backend=None`` means ``backend``, for every operator: a whole model on one backend.
@@ -215,17 +223,19 @@ def compiled_step(function: Step) -> Step:
     The compiled steps check their arguments themselves, so the contract, which says in words what is wrong,
     is asked only where they refuse, and where another backend answers.
     """
-    form = _implementations[function.__name__].get("cpp")
-    if form is None:
+    on_cpu, on_cuda = form(function.__name__, "cpp"), form(function.__name__, "cuda")
+    if on_cpu is None:
         return function
-    compiled = form.function
 
     @functools.wraps(function)
     def step(*arguments: Any, **options: Any) -> Any:
         if _in_use is None and "backend" not in options:
             try:
-                if arguments[0].is_cpu:
-                    return compiled(*arguments, **options)
+                first = arguments[0]
+                if first.is_cpu:
+                    return on_cpu(*arguments, **options)
+                if on_cuda is not None and first.is_cuda:
+                    return on_cuda(*arguments, **options)
             except (RuntimeError, TypeError, AttributeError, IndexError):
                 pass
         return function(*arguments, **options)

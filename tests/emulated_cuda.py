@@ -1,8 +1,8 @@
 """The CUDA kernels on the CPU: csrc/**/*cuda*.cu compiled for the emulation of csrc/common/cuda/emulator.h.
 
-``python -m tests.emulated_cuda FOLDER`` builds FOLDER/emulated_cuda.so with ninja and the C++ compiler. A test
-process that starts with STAR_EMULATED_CUDA naming that file runs these kernels wherever it would run the CPU's
-own: see tests/conftest.py.
+``python -m tests.emulated_cuda FOLDER`` builds FOLDER/emulated_cuda.so with ninja and the C++ compiler. A
+test process that starts with STAR_EMULATED_CUDA naming that file runs these kernels wherever it would run
+the CPU's own: see tests/conftest.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc").glob("*/*cuda*.cu"))
 FLAGS = (
-    "-x c++ -std=c++17 -O1 -g1 -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas -Wno-attributes -Wno-psabi "
-    "-DSTAR_EMULATE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000"
+    "-x c++ -std=c++17 -O1 -g1 -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas -Wno-attributes "
+    "-Wno-psabi -DSTAR_EMULATE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000"
 )
 
 

@@ -175,4 +175,4 @@ for _name, _function in (
     ("diff_attention", diff_attention),
     ("attention_decode", attention_decode),
 ):
-    dispatch.register(_name, "cpp", _function, device_type="cpu", dtypes=dispatch.KERNEL_DTYPES)
+    dispatch.register_compiled(_name, _function)

@@ -255,4 +255,4 @@ for _function in (
     long_conv_step,
     gated_long_conv_step,
 ):
-    dispatch.register(_function.__name__, "cpp", _function, device_type="cpu", dtypes=dispatch.KERNEL_DTYPES)
+    dispatch.register_compiled(_function.__name__, _function)

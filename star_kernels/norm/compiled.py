@@ -90,5 +90,5 @@ register_autograd("rms_norm_residual", _rms_norm_residual_autograd, _rms_norm_re
 # Linear in x, so its derivative is the operator itself, turned back: second derivatives are right.
 register_autograd("rope", _rope_autograd, _rope_setup, refuse=False)
 
-for _name, _function in (("rms_norm", rms_norm), ("rope", rope)):
-    dispatch.register(_name, "cpp", _function, device_type="cpu", dtypes=dispatch.KERNEL_DTYPES)
+dispatch.register_compiled("rms_norm", rms_norm, cuda=True)
+dispatch.register_compiled("rope", rope)

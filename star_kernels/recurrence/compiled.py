@@ -221,4 +221,4 @@ for _name, _function in (
     ("selective_scan", selective_scan),
     ("selective_scan_step", selective_scan_step),
 ):
-    dispatch.register(_name, "cpp", _function, device_type="cpu", dtypes=dispatch.KERNEL_DTYPES)
+    dispatch.register_compiled(_name, _function)

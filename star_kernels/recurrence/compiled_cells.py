@@ -177,4 +177,4 @@ for _name, _function in (
     ("lstm_scan", lstm_scan),
     ("lstm_scan_step", lstm_scan_step),
 ):
-    dispatch.register(_name, "cpp", _function, device_type="cpu", dtypes=dispatch.KERNEL_DTYPES)
+    dispatch.register_compiled(_name, _function)

@@ -181,4 +181,4 @@ for _name, _function in (
     ("gated_delta_rule", gated_delta_rule),
     ("gated_delta_rule_step", gated_delta_rule_step),
 ):
-    dispatch.register(_name, "cpp", _function, device_type="cpu", dtypes=dispatch.KERNEL_DTYPES)
+    dispatch.register_compiled(_name, _function)
