@@ -202,7 +202,7 @@ class ModelCache:
         are of no meaning.
 
         Args:
-            lengths: (B,) int64 on the cache's device, tokens read by every row; kept, and counted on in place.
+            lengths: (B,) int64 on the cache's device, tokens read by every row; advanced in place.
             longest: the largest of them.
             ragged: whether they may differ.
         """

@@ -1,4 +1,4 @@
-"""The model that a genome describes, as one of transformers: loads, generates, trains, saves like any other."""
+"""The model that a genome describes, as one of transformers: it loads, generates, trains, saves."""
 
 from __future__ import annotations
 

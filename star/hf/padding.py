@@ -47,6 +47,6 @@ def shifted(rows: Tensor, by: Tensor) -> Tensor:
     """Rows (B, L, ...) turned to the left by (B,) places; what leaves in front comes back behind."""
     length = rows.shape[1]
     places = (torch.arange(length, device=rows.device) + by[:, None]) % length
-    if rows.dim() > 2:
-        places = places[(..., *[None] * (rows.dim() - 2))].expand(rows.shape)
-    return rows.gather(1, places)
+    for _ in range(2, rows.dim()):
+        places = places[..., None]
+    return rows.gather(1, places.expand(rows.shape))
