@@ -3,6 +3,13 @@
 
 #include <cstdint>
 
+// Functions for the CPU's code and, where nvcc compiles them, the GPU's too.
+#ifdef __CUDACC__
+#define STAR_ANYWHERE __host__ __device__
+#else
+#define STAR_ANYWHERE
+#endif
+
 namespace star {
 
 struct bfloat16 { uint16_t bits; };
@@ -17,7 +24,7 @@ struct Rows {
   int64_t row_stride = 0;
 
   template <class T>
-  T* row(int64_t batch, int64_t index) const {
+  STAR_ANYWHERE T* row(int64_t batch, int64_t index) const {
     return static_cast<T*>(data) + batch * batch_stride + index * row_stride;
   }
 };
