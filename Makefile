@@ -10,12 +10,12 @@ TEST_WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test lint types pytest install build sanitize bench-cpu bench-gpu compile-matrix clean
+.PHONY: demo test lint types pytest emulated install build sanitize bench-cpu bench-gpu compile-matrix clean
 
 demo: $(VENV)/.search build
 	@if [ -e $(RUN)/run.db ]; then $(BIN)/star resume $(RUN); else $(BIN)/star search $(RUN) --preset demo; fi
 
-test: lint types pytest
+test: lint types pytest emulated
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -44,6 +44,13 @@ compile-matrix: $(VENV)/.dev
 pytest: $(VENV)/.dev build
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
+# The CUDA kernels' tests without a GPU: csrc/**/*cuda*.cu compiled for csrc/common/cuda/emulator.h.
+EMULATED := build/emulated
+ON_KERNELS := tests/star_kernels/test_operators.py $(wildcard tests/star_kernels/test_steps_*.py)
+emulated: $(VENV)/.dev build
+	$(BIN)/python -m tests.emulated_cuda $(EMULATED)
+	STAR_EMULATED_CUDA=$(EMULATED)/emulated_cuda.so $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(ON_KERNELS)
+
 install: $(VENV)/.search build
 
 # An editable installation: the sources here are what runs, and `build` compiles what changed in csrc/,
@@ -71,7 +78,8 @@ $(VENV)/.compiled: $(SOURCES) $(VENV)/.build-tools
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-# The compiled operators once under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of their own.
+# The compiled operators once under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of their own; the
+# CUDA kernels too, emulated, with the threads of every block in reverse.
 SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g1
 sanitize: $(VENV)/.dev
@@ -85,6 +93,12 @@ sanitize: $(VENV)/.dev
 		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)" \
 		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -k "not compile and not opcheck" tests/star_kernels \
 		$(addprefix --ignore tests/star_kernels/,layers integrations test_launch.py test_triton_attention.py test_memory.py test_symbols.py)
+	cd $(SANITIZED) && CXXFLAGS="$(SANITIZERS)" LDFLAGS="-fsanitize=address,undefined" \
+		$(abspath $(BIN))/python -m tests.emulated_cuda emulated
+	cd $(SANITIZED) && PYTHONPATH=$$PWD ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 TRITON_INTERPRET=0 \
+		STAR_EMULATED_CUDA=emulated/emulated_cuda.so STAR_EMULATED_ORDER=backward \
+		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)" \
+		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -k "not compile and not opcheck" $(ON_KERNELS)
 
 clean:
 	rm -rf build dist *.egg-info star_kernels/*.so $(VENV)/.compiled

@@ -159,7 +159,7 @@ inline void start_fibers() {
 inline void run_block() {
   static const char* order = std::getenv("STAR_EMULATED_ORDER");
   const bool backward = order != nullptr && std::string(order) == "backward";
-  std::memset(block.shared.data(), 0xff, block.shared.size());
+  std::fill(block.shared.begin(), block.shared.end(), 0xff);  // NaN
   start_fibers();
   while (run_ready(backward) || release()) {
   }
