@@ -74,6 +74,24 @@ CUDA_FLAGS = [
     "-Xptxas=-v",
 ]
 
+# By library, the functions of the static CUDA runtime whose symbol version glibc 2.34 changed, with the one
+# that x86-64 had before.
+BEFORE_GLIBC_2_34 = {
+    "libdl.so.2": {"GLIBC_2.2.5": "dlclose dlerror dlopen dlsym dlvsym", "GLIBC_2.3.4": "dlmopen"},
+    "librt.so.1": {"GLIBC_2.2.5": "shm_open shm_unlink"},
+    "libpthread.so.0": {
+        "GLIBC_2.2.5": "pthread_condattr_setpshared pthread_create pthread_detach pthread_getspecific "
+        "pthread_join pthread_key_create pthread_key_delete pthread_kill pthread_mutex_trylock "
+        "pthread_mutexattr_destroy pthread_mutexattr_init pthread_mutexattr_setpshared "
+        "pthread_mutexattr_settype pthread_once pthread_rwlock_destroy pthread_rwlock_init "
+        "pthread_rwlock_rdlock pthread_rwlock_timedrdlock pthread_rwlock_timedwrlock "
+        "pthread_rwlock_tryrdlock pthread_rwlock_trywrlock pthread_rwlock_unlock pthread_rwlock_wrlock "
+        "pthread_rwlockattr_destroy pthread_rwlockattr_init pthread_rwlockattr_setpshared "
+        "pthread_setspecific pthread_spin_destroy pthread_spin_init pthread_spin_lock pthread_spin_trylock "
+        "pthread_spin_unlock sem_destroy sem_init sem_post sem_timedwait sem_trywait sem_wait",
+    },
+}
+
 
 class Unbuildable(Exception):
     """Why an object cannot be built here, in one sentence."""
@@ -238,10 +256,12 @@ def cuda_archs(nvcc: str) -> list[str]:
     if wanted:
         return archs
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    known = [arch for arch in archs if re.search(rf"compute_{arch.rstrip('+PTX').rstrip('af')}\b", listed)]
-    if not any("+PTX" in arch for arch in known):
-        known[-1] += "+PTX" if known[-1].isdigit() else ""
+    known = [
+        arch for arch in archs if re.search(rf"compute_{arch.removesuffix('+PTX').rstrip('a')}\b", listed)
+    ]
     if len(known) < len(archs):
+        newest = max((arch for arch in known if arch.isdigit()), key=int)  # code for 90a has no later GPU
+        known = [arch + "+PTX" if arch == newest else arch for arch in known]
         print(
             f"star-kernels: this nvcc compiles for {', '.join(known)} of {', '.join(archs)}", file=sys.stderr
         )
@@ -258,20 +278,46 @@ def gencode(archs: list[str]) -> str:
     return " ".join(flags)
 
 
-def cuda_stub(folder: Path) -> Path:
-    """A libtorch_cuda.so without contents to link against; the folder it is in.
-
-    The object then asks for libtorch_cuda.so by name, and the loader takes the one that `import torch`
-    loaded, in which other objects don't look for symbols otherwise. A torch without CUDA has no such file.
+def stub_library(folder: Path, name: str, symbols: dict[str, str]) -> None:
+    """Makes a shared library to link against, of which only names matter: its own, and those of ``symbols``,
+    which gives each version the functions that have it (separated by spaces).
     """
-    source = folder / "stubs" / "torch_cuda.c"
-    write_changed(source, "/* libtorch_cuda.so, of which only the name matters here */\n")
-    output = source.parent / "libtorch_cuda.so"
-    if not output.exists():
-        name = f"-Wl,-soname,{output.name}"
-        command = [*compiler().split(), "-shared", "-fPIC", name, str(source), "-o", str(output)]
-        subprocess.run(command, check=True)
-    return output.parent
+    source, script, output = folder / f"{name}.c", folder / f"{name}.map", folder / name
+    functions = " ".join(symbols.values()).split()
+    write_changed(source, "".join(f"void {function}(void) {{}}\n" for function in functions))
+    versions = [
+        f"{version} {{ global: {'; '.join(names.split())}; }};\n" for version, names in symbols.items()
+    ]
+    write_changed(script, "".join(versions))
+    if not output.exists() or output.stat().st_mtime < max(source.stat().st_mtime, script.stat().st_mtime):
+        linked = [f"-Wl,-soname,{name}", *([f"-Wl,--version-script={script}"] if symbols else [])]
+        how = ["-shared", "-fPIC", "-nostdlib", "-fno-builtin", "-w", "-x", "c"]
+        subprocess.run([*compiler().split(), *how, str(source), "-o", str(output), *linked], check=True)
+
+
+def cuda_libraries(folder: Path, nvcc: str) -> str:
+    """What _C_cuda is linked with: torch's two libraries and the static CUDA runtime with what that needs.
+
+    For libtorch_cuda.so a stub stands in, for a torch without CUDA has none. The loader then takes the one
+    that `import torch` loaded, in which other objects don't look for symbols unless they name it.
+
+    The CUDA runtime needs libdl, libpthread and librt, which glibc 2.34 took into libc under new symbol
+    versions: linked there, the object would not load beside an older glibc. Stubs with the old versions,
+    which every later glibc serves too, prevent that.
+    """
+    stubs = folder / "stubs"
+    stub_library(stubs, "libtorch_cuda.so", {})
+    names = ["libtorch_cuda.so"]
+    release = platform.libc_ver()[1].split(".")
+    if platform.machine() == "x86_64" and len(release) > 1 and (int(release[0]), int(release[1])) >= (2, 34):
+        for name, symbols in BEFORE_GLIBC_2_34.items():
+            stub_library(stubs, name, symbols)
+            names.append(name)
+    needed = " ".join(f"-l:{name}" for name in names)
+    return (
+        f'-L"{torch_folders()[1]}" -ltorch_cpu -L"{stubs}" -Wl,--no-as-needed {needed} -Wl,--as-needed '
+        f'-L"{cuda_library_folder(nvcc)}" -lcudart_static -ldl -lrt -lpthread'
+    )
 
 
 def describe_cuda_build(folder: Path, target: Path) -> None:
@@ -312,12 +358,8 @@ def describe_cuda_build(folder: Path, target: Path) -> None:
     for source in sorted(csrc.glob("*/*cuda*.cu")):
         ninja.compile("compile_cuda", source, f"{source.parent.name}_{source.stem}", include_flags)
     exports, needs = export_only("_C_cuda", folder)
-    libraries = [
-        f'-L"{torch_folders()[1]}" -ltorch_cpu',
-        f'-L"{cuda_stub(folder)}" -Wl,--no-as-needed -ltorch_cuda -Wl,--as-needed',
-        f'-L"{cuda_library_folder(nvcc)}" -lcudart_static -ldl -lrt -lpthread',
-    ]
-    ninja.link(target, f"{exports} {' '.join(libraries)} {os.environ.get('LDFLAGS', '')}", needs)
+    link = f"{exports} {cuda_libraries(folder, nvcc)} {os.environ.get('LDFLAGS', '')}"
+    ninja.link(target, link, needs)
     ninja.write()
 
 
