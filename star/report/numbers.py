@@ -12,24 +12,17 @@ if TYPE_CHECKING:
 
 __all__ = ["axis", "change", "count", "difference", "duration", "measured_objectives", "title", "value"]
 
-_TITLES = {"quality": "bits per byte", "size": "parameters", "cache": "cache", "flops": "FLOPs"}
-_AXES = {
-    "quality": "held-out bits per byte",
-    "size": "parameters",
-    "cache": "cache (bytes)",
-    "flops": "forward pass (FLOPs)",
-}
 _DECIMAL = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def title(objective: str) -> str:
     """An objective's name as the head of a column."""
-    return _TITLES.get(objective, objective)
+    return OBJECTIVES[objective].title if objective in OBJECTIVES else objective
 
 
 def axis(objective: str) -> str:
     """An objective with its unit, for an axis."""
-    return _AXES.get(objective, objective)
+    return OBJECTIVES[objective].axis if objective in OBJECTIVES else objective
 
 
 def measured_objectives(evaluations: Iterable[Evaluation], searched: Sequence[str]) -> list[str]:
@@ -44,12 +37,15 @@ def measured_objectives(evaluations: Iterable[Evaluation], searched: Sequence[st
 
 
 def value(objective: str, number: float | None) -> str:
-    """A measured value with its unit: "3.214", "1.20 M", "151 MB", "2.4 G"; "–" for None."""
+    """A measured value with its unit: "3.2140", "1.20 M", "151 MB", "2.4 G", "12.5 %"; "–" for None."""
     if number is None:
         return "–"
-    if objective == "quality":
+    form = OBJECTIVES[objective].form if objective in OBJECTIVES else "count"
+    if form == "decimal":
         return f"{number:.4f}"
-    if objective == "cache":
+    if form == "percent":
+        return f"{100 * number:.1f} %"
+    if form == "bytes":
         return f"{_scaled(number)}B"
     return _scaled(number).rstrip()
 

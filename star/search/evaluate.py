@@ -7,23 +7,24 @@ the search when its first worker starts, not fail one candidate after another.
 from __future__ import annotations
 
 import json
+import time
 from functools import lru_cache
 from typing import Any
 
 import star.model
 import star.training  # noqa: F401
-from star import cost
 from star.data import Corpus
 from star.genome import Genome
-from star.proxy import train_candidate
+from star.proxy import Outcome, train_candidate
 from star.search.corpus import CorpusRecord, open_recorded
 from star.search.errors import RunError, is_disk_full
+from star.search.measures import Candidate, MeasurementFailed
+from star.search.objectives import measured
+from star.search.results import failure
 from star.search.settings import SearchSettings
 from star.search.store import canonical_json
 
 __all__ = ["evaluate"]
-
-CACHE_LENGTH = 4096
 
 
 def evaluate(
@@ -54,14 +55,21 @@ def evaluate(
             raise
         raise RunError(str(error).splitlines()[0]) from error
     result = outcome.to_json()
-    if outcome.ok:
-        result["objectives"] = {
-            "quality": outcome.quality,
-            "size": cost.parameters(genome, search.model),
-            "cache": cost.cache_bytes(genome, search.model, length=CACHE_LENGTH),
-            "flops": cost.flops(genome, search.model, search.proxy.length),
-        }
+    if not outcome.ok:
+        return result
+    candidate = Candidate(genome, search, outcome)
+    began = time.perf_counter()
+    try:
+        result["objectives"] = {item.name: item.load()(candidate) for item in measured(search.objectives)}
+    except MeasurementFailed as error:
+        return {**failure(str(error)), "curve": result["curve"], "seconds": _seconds(outcome, began)}
+    result["seconds"] = _seconds(outcome, began)
     return result
+
+
+def _seconds(outcome: Outcome, began: float) -> float:
+    """Of the proxy training and all measurements."""
+    return outcome.seconds + time.perf_counter() - began
 
 
 @lru_cache(maxsize=1)

@@ -20,8 +20,8 @@ from pymoo.core.problem import Problem
 from pymoo.core.termination import NoTermination
 from pymoo.operators.selection.tournament import TournamentSelection
 
-from star import baselines
 from star.genome import Genome
+from star.search.layouts import BASELINES, seeds
 from star.search.objectives import objective_vector
 from star.search.settings import SearchSettings
 from star.search.store import Evaluation
@@ -39,12 +39,6 @@ from star.search.variation import (
 
 __all__ = ["BASELINES", "Evolution"]
 
-# The layouts that people know, by the names under which they are recorded.
-BASELINES = {
-    "Transformer++": baselines.transformer_pp,
-    "StripedMamba": baselines.striped_mamba,
-    "LFM2": baselines.lfm2,
-}
 # pymoo reads no objective of an infeasible candidate, but a NaN or infinity would spread if it ever did.
 _OBJECTIVE_OF_A_FAILURE = float(np.finfo(np.float64).max)
 
@@ -55,6 +49,8 @@ class Evolution:
     Args:
         settings: of the search.
     """
+
+    later_origin = "offspring"
 
     def __init__(self, settings: SearchSettings) -> None:
         self._objectives = settings.objectives
@@ -90,11 +86,10 @@ class Evolution:
 
 
 def _nsga2(settings: SearchSettings, known: KnownModels) -> NSGA2:
-    seeds = [layout(settings.depth) for layout in BASELINES.values()] if settings.seed_baselines else []
     repair = SharingRepair(settings.pool)
     algorithm = NSGA2(
         pop_size=settings.population,
-        sampling=RandomGenomes(settings.depth, settings.pool, seeds),
+        sampling=RandomGenomes(settings.depth, settings.pool, seeds(settings)),
         mating=Variation(
             TournamentSelection(func_comp=tournament, pressure=settings.tournament),
             TwoPointCrossover(settings.crossover_rate),

@@ -6,7 +6,8 @@
     evaluated   what a worker answers, as an evaluation
     conclude    the survivors are recorded, weights that nobody needs are deleted
 
-`Evolution` (NSGA-II) holds the population; `Edges` are the places where the search touches the world.
+The algorithm (star.search.algorithms; NSGA-II by default) holds the population; `Edges` are the places where
+the search touches the world.
 
 There is no saved state. Everything follows from the settings and the evaluations, so a run is resumed by
 running it again: what is in the record is not trained, and the loop arrives where it was killed.
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from star.genome import Genome
+from star.search.algorithms import begin
 from star.search.directory import RunDirectory
 from star.search.errors import RunDamaged
 from star.search.events import (
@@ -30,8 +32,8 @@ from star.search.events import (
     Listener,
     RunFinished,
 )
-from star.search.evolution import BASELINES, Evolution
 from star.search.front import front, hypervolume
+from star.search.layouts import BASELINES
 from star.search.objectives import objective_vector
 from star.search.results import failure
 from star.search.settings import SearchSettings
@@ -105,27 +107,31 @@ def evolve(settings: SearchSettings, edges: Edges) -> RunFinished:
     """Run all generations, or what the record does not hold of them."""
     began = time.perf_counter()
     memory = Memory.of(edges.store)
-    evolution = Evolution(settings)
+    algorithm = begin(settings)
     exhausted = False
     for generation in range(settings.generations):
         clock = Clock()
         with clock.timing("vary"):
-            proposals = evolution.propose()
+            proposals = algorithm.propose()
         if not proposals:
             exhausted = True
             break
-        requests = number(proposals, generation, memory.known, settings)
+        requests = number(proposals, generation, memory.known, settings, algorithm.later_origin)
         for evaluation in assess(requests, generation, memory, settings, edges, clock):
             memory.known[evaluation.key] = evaluation
         with clock.timing("select"):
-            survivors = tuple(genome.key for genome in evolution.select(memory.known))
+            survivors = tuple(genome.key for genome in algorithm.select(memory.known))
         conclude(generation, survivors, memory, settings, edges, clock)
     _require_nothing_else(memory, settings)
     return _finish(memory.known, settings, edges, time.perf_counter() - began, exhausted)
 
 
 def number(
-    proposals: Sequence[Genome], generation: int, known: Mapping[str, Evaluation], settings: SearchSettings
+    proposals: Sequence[Genome],
+    generation: int,
+    known: Mapping[str, Evaluation],
+    settings: SearchSettings,
+    later_origin: str = "offspring",
 ) -> list[Request]:
     """Requests for what has not been asked for before; in generation 0, the references come first."""
     layouts = {name: layout(settings.depth) for name, layout in BASELINES.items()}
@@ -138,7 +144,7 @@ def number(
             wanted.setdefault(genome.key, (genome, member, f"reference:{name}"))
     for genome in proposals:
         if generation > 0:
-            origin = "offspring"
+            origin = later_origin
         elif settings.seed_baselines and genome.key in names:
             origin = f"baseline:{names[genome.key]}"
         else:

@@ -12,9 +12,11 @@ from typing import Any
 from star.config import ModelConfig
 from star.pools import Pool
 from star.proxy import ProxySettings
+from star.search.algorithms import require_algorithm
 from star.search.objectives import require_objectives
+from star.tasks import open_task
 
-__all__ = ["ENGINES", "EXECUTION", "PRESETS", "DataSettings", "SearchSettings", "preset"]
+__all__ = ["ENGINES", "EXECUTION", "PRESETS", "DataSettings", "RecallSettings", "SearchSettings", "preset"]
 
 ENGINES = ("local", "ray")
 # What may change when a run is resumed: how it is carried out, not what it finds.
@@ -55,6 +57,40 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
+class RecallSettings:
+    """How the objective `recall` is measured: a model of the genome is trained on a task of its own.
+
+    Seed, threads, device and data type are the proxy's.
+
+    Attributes:
+        task: as `star.tasks.open_task` takes it.
+        steps: optimizer steps.
+        batch_size: sequences a step.
+        learning_rate: peak, reached after `warmup_steps`.
+        warmup_steps: of `steps`.
+        validation_batches: held batches, the same for all candidates.
+    """
+
+    # The smallest that tells backbones of 24 LIVs apart within seconds; in larger ones, attention has not
+    # begun to recall when the time is over.
+    task: str = "mqar:vocab_size=16,length=12,pairs=3"
+    steps: int = 120
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    warmup_steps: int = 12
+    validation_batches: int = 16
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.task, str):
+            raise ValueError(f"recall task is {self.task!r}, takes a text")
+        open_task(self.task)
+        for name, most in (("steps", 10**9), ("batch_size", 10**6), ("validation_batches", 10**6)):
+            _require_integer(name, getattr(self, name), at_least=1, at_most=most)
+        _require_integer("warmup_steps", self.warmup_steps, at_least=0, at_most=self.steps)
+        _require_number("learning_rate", self.learning_rate, above=0.0, at_most=1e3)
+
+
+@dataclass(frozen=True)
 class SearchSettings:
     """A search: what is looked for, where, how long, and by how many processes.
 
@@ -62,6 +98,7 @@ class SearchSettings:
         objectives: names of star.search.objectives, all minimised.
         population: survivors of a generation, and offspring of one.
         generations: the first, drawn at random, among them: population x generations candidates in all.
+        algorithm: of star.search.algorithms; who proposes candidates and who survives.
         depth: LIVs of a backbone.
         pool: the options of each position of a gene.
         seed: of every draw that the search makes; the proxy has its own.
@@ -75,6 +112,7 @@ class SearchSettings:
         model: sizes of the models. Its vocabulary is set from the corpus when the search begins.
         proxy: the training that stands for a full one.
         data: the text.
+        recall: how the objective of that name is measured.
         workers: processes; None for as many as the cores can serve with `proxy.threads` (None: 1) each.
         engine: "local" processes, or "ray".
 
@@ -85,6 +123,7 @@ class SearchSettings:
     objectives: tuple[str, ...] = ("quality", "size")
     population: int = 16
     generations: int = 18
+    algorithm: str = "nsga2"
     depth: int = 24
     pool: Pool = field(default_factory=Pool)
     seed: int = 0
@@ -98,11 +137,13 @@ class SearchSettings:
     model: ModelConfig = field(default_factory=lambda: ModelConfig(width=128, head_dim=32))
     proxy: ProxySettings = field(default_factory=ProxySettings)
     data: DataSettings = field(default_factory=DataSettings)
+    recall: RecallSettings = field(default_factory=RecallSettings)
     workers: int | None = None
     engine: str = "local"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "objectives", require_objectives(self.objectives))
+        require_algorithm(self.algorithm)
         _require_integer("population", self.population, at_least=2, at_most=10_000)
         _require_integer("generations", self.generations, at_least=1, at_most=1_000_000)
         _require_integer("depth", self.depth, at_least=1, at_most=1_000)
@@ -141,6 +182,7 @@ class SearchSettings:
             "model": self.model.to_json(),
             "proxy": self.proxy.to_json(),
             "data": {**dataclasses.asdict(self.data), "source": list(self.data.source)},
+            "recall": dataclasses.asdict(self.recall),
         }
 
     def identity(self) -> dict[str, Any]:
@@ -165,6 +207,7 @@ class SearchSettings:
             "model": ModelConfig.from_json,
             "proxy": ProxySettings.from_json,
             "data": _data,
+            "recall": lambda value: RecallSettings(**value),
         }
         try:
             parts: dict[str, Any] = {

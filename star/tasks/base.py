@@ -119,7 +119,7 @@ def accuracy(answers: Ids, targets: Ids) -> tuple[int, int]:
 
 
 def distinct(count: int, choices: int, chosen: int, rng: Generator, weights: Weights | None = None) -> Ids:
-    """`chosen` different numbers below `choices` in each of `count` rows, (count, chosen), without replacement.
+    """`chosen` different numbers below `choices` in each of `count` rows: (count, chosen).
 
     weights: (choices,), relative probabilities of the first draw and, renormalised, of the later ones
     (by Gumbel's top-k trick: the order of log-weight + Gumbel noise is that of such draws).

@@ -93,15 +93,14 @@ class Compression(Task):
 class Memorisation(Task):
     """Memorisation: facts that no sequence tells, only training does.
 
-    One mapping from keys to values, a bijection drawn from `facts_seed`, holds for all sequences. A sequence is
-    pairs (random key, the insert token); the target at the insert token is the key's value. The value never
+    One mapping from keys to values, a bijection drawn from `facts_seed`, holds for all sequences. A sequence
+    is pairs (random key, the insert token); the target at the insert token is the key's value, which never
     stands in the input.
 
     Vocabulary: keys 0..F-1 and values F..2F-1, F = (V - 1) // 2 facts; V-1 is the insert token.
     Answers: length / 2 a sequence. Chance: 1 / F.
 
-    The paper's sets have as many sequences as the training is given; here each step draws new ones of the same
-    facts, which is the same task without a limit on how often a fact is shown.
+    The paper draws a set of 256 sequences once; here each step draws new ones of the same facts.
     """
 
     name: ClassVar[str] = "memorisation"

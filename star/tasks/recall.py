@@ -1,4 +1,4 @@
-"""Associative recall: which value followed this key before? MQAR and MAD's three tasks of in-context recall."""
+"""Associative recall, which value followed this key before: MQAR and MAD's three in-context recall tasks."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ class MQAR(Task):
 class InContextRecall(Task):
     """MAD's in-context recall: pairs all through the sequence, asked again as soon as a key comes back.
 
-    The sequence is pairs (key, value), each key drawn anew from all; the first time, a key gets a random value,
-    which it keeps for the sequence. Where a key comes that was there before, its value is the target. The last
-    pair's key is one of those.
+    The sequence is pairs (key, value), each key drawn anew from all; the first time, a key gets a random
+    value, which it keeps for the sequence. Where a key comes that was there before, its value is the target.
+    The last pair's key is one of those.
 
     Vocabulary: keys are 0..V/2-1, values V/2..V-1.
     Answers: a varying number a sequence, at least one. Chance: 1 / values.
@@ -178,9 +178,9 @@ class FuzzyInContextRecall(Task):
     """MAD's fuzzy in-context recall: keys and values are several tokens long, of lengths that vary.
 
     A key is 1 to `key_tokens` different tokens of the keys' half, a value 1 to `value_tokens` of the values'
-    half, lengths drawn evenly and anew for each pair, except that a key that was there before keeps its value.
-    Targets are all tokens of the value of a key that was there before. The last pair is a repeated one; what
-    is left of the length is padding in front.
+    half, lengths drawn evenly and anew for each pair; a key that was there before keeps its value, and all
+    tokens of that value are targets. The last pair is a repeated one; what is left of the length is padding
+    in front.
 
     Vocabulary: keys 0..(V-1)/2-1, values up to V-2, V-1 is padding.
     Answers: at least one a sequence. Chance: 1 / value tokens, for each token of a value.

@@ -1,7 +1,8 @@
 """Training on a synthetic task: the training loop of texts, with a task in the text's place.
 
-Loss: cross entropy at the positions that ask for something. Accuracy: the share of those positions, over held
-sequences that are the same for every model, at which the likeliest token of the whole vocabulary is the answer.
+Loss: cross entropy at the positions that ask for something. Accuracy: the share of those positions, over
+held sequences that are the same for every model, at which the likeliest token of the whole vocabulary is the
+answer.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ _TRAINING, _HELD = 0, 1
 
 
 class TaskPoint(NamedTuple):
-    """A point of the curve: mean training loss since the last point (bits an answer), held accuracy 0 to 1."""
+    """A point of the curve: mean training loss since the last one, bits an answer; held accuracy, 0 to 1."""
 
     step: int
     train: float
@@ -62,8 +63,8 @@ class TaskPoint(NamedTuple):
 class TaskOutcome:
     """What became of a model on a task.
 
-    status "ok": `accuracy` on held sequences (0 to 1) and `bits`, their cross entropy in bits an answer. status
-    "failed": `reason` says why in one line. `tokens` were read in training, `seconds` went by in all.
+    status "ok": `accuracy` on held sequences (0 to 1) and `bits`, their cross entropy in bits an answer.
+    status "failed": `reason` says why in one line. `tokens` were read in training, `seconds` went by in all.
     """
 
     status: str
@@ -119,9 +120,8 @@ class TaskSequences:
 class Autoencoder(nn.Module):
     """A model whose last output alone must tell the whole sequence (MAD's compression).
 
-    The decoder is MAD's: the model's output at the last position plus a sine-cosine code of the position asked
-    for, then twice (norm, linear, GELU), a norm and a head. It is small and not the model's own, so that what
-    is measured is the state that the model has made.
+    The decoder is MAD's: the model's output at the last position plus a sine-cosine code of the position
+    asked for, then twice (norm, linear, GELU), a norm and a head.
 
     Args:
         model: with `hidden` (B, L) -> (B, L, D).
