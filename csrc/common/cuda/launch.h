@@ -26,6 +26,8 @@ void launch(const OnDevice&, void (*kernel)(Parameters...), dim3 grid, dim3 thre
 
 inline int multiprocessors(const OnDevice&) { return 2; }
 
+inline void zero(const OnDevice&, void* data, size_t bytes) { std::memset(data, 0, bytes); }
+
 #else
 
 inline void check_cuda(cudaError_t error, const char* what) {
@@ -79,6 +81,11 @@ void launch(const OnDevice& on, void (*kernel)(Parameters...), dim3 grid, dim3 t
                "shared memory of a kernel");
   kernel<<<grid, threads, shared_bytes, on.stream>>>(arguments...);
   check_cuda(cudaGetLastError(), "launch of a kernel");
+}
+
+// Zeroes memory on the stream, before what is launched next.
+inline void zero(const OnDevice& on, void* data, size_t bytes) {
+  check_cuda(cudaMemsetAsync(data, 0, bytes, on.stream), "zeroing a workspace");
 }
 
 inline int multiprocessors(const OnDevice& on) {
