@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-__all__ = ["load_weights", "read_about", "read_tensors", "save_weights", "write_tensors"]
+__all__ = ["load_weights", "read_about", "read_plain", "read_tensors", "save_weights", "write_tensors"]
 
 _ABOUT = "about"
 
@@ -68,7 +68,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, about: Mappin
     """Writes tensors and JSON as one safetensors file, atomically. Raises OSError."""
     path = Path(path)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = safetensors.torch.save(plain, metadata={_ABOUT: json.dumps(about, sort_keys=True)})
+    data = safetensors.torch.save(plain, metadata={"format": "pt", _ABOUT: json.dumps(about, sort_keys=True)})
     partial = path.with_name(f"{path.name}.partial")
     try:
         with open(partial, "wb") as file:
@@ -84,8 +84,13 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, about: Mappin
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the JSON of a file that `write_tensors` wrote. Raises ValueError when it is damaged."""
     about = read_about(path)
+    return read_plain(path), about
+
+
+def read_plain(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of any safetensors file. Raises ValueError when it is damaged."""
     try:
-        return safetensors.torch.load_file(path), about
+        return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise ValueError(f"weights {str(path)!r}: not a sound safetensors file: {error}") from error
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from star.commands import bench, generate, report, resume, search, show, train
+from star.commands import bench, export, generate, report, resume, search, show, train
 from star.commands.errors import StarGroup
 
 __all__ = ["app"]
@@ -49,4 +49,5 @@ app.command("report")(report.report)
 app.command("show")(show.show)
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
+app.command("export")(export.export)
 app.command("bench")(bench.bench)

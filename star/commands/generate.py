@@ -12,7 +12,10 @@ from star.commands.errors import BadInput, reported
 
 def generate(
     run: Annotated[
-        Path, typer.Argument(metavar="RUN|DIR", help="A run directory, or what star train has made.")
+        Path,
+        typer.Argument(
+            metavar="RUN|DIR", help="A run directory, or what star train or star export has made."
+        ),
     ],
     prompt: Annotated[str, typer.Argument(help="Text to go on with; empty for a new document.")] = "",
     id: Annotated[int | None, typer.Option("--id", min=0, help="Candidate; the best by default.")] = None,
