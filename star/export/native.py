@@ -1,7 +1,7 @@
 """Genomes that are a Llama or an LFM2 in disguise, as that class of transformers: its config.json, its names.
 
 A backbone of mixers and GMemless in turn is a stack of decoder layers. Where all mixers are plain softmax
-attention it is a Llama; with gated short convolutions among them, or alone, it is an LFM2.
+attention it is a Llama; with gated short convolutions among them it is an LFM2.
 
 LFM2 norms the queries and keys of every head, which our attention does not. Its norms all add one `norm_eps`
 to the mean square, so its residual stream is written `_STREAM` times as large: the norms of the stream do
@@ -82,6 +82,10 @@ def _blocks(model: StarModel) -> list[tuple[Attention | GatedShortConv, SwiGLU]]
         raise ValueError(
             f"--native: the genome has {len(model.layers)} LIVs; a Llama or an LFM2 ends with GMemless"
         )
+    if not any(isinstance(layer, Attention) for layer in model.layers):
+        raise ValueError(
+            "--native: no LIV is attention; transformers' LFM2 computes without one, but can not generate"
+        )
     layers: list[Any] = list(model.layers)
     return list(zip(layers[0::2], layers[1::2], strict=True))
 
@@ -136,13 +140,11 @@ def _llama(model: StarModel) -> Native:
 
 def _lfm2(model: StarModel) -> Native:
     blocks = _blocks(model)
-    attentions = [mixer for mixer, _ in blocks if isinstance(mixer, Attention)]
-    kv_heads = max([mixer.kv_heads for mixer in attentions], default=model.config.heads)
-    stream = _STREAM if attentions else 1.0
-    eps = model.config.norm_eps * stream**2
+    kv_heads = max(mixer.kv_heads for mixer, _ in blocks if isinstance(mixer, Attention))
+    eps = model.config.norm_eps * _STREAM**2
     tensors = {
-        "model.embed_tokens.weight": stream * model.embedding.weight,
-        "model.embedding_norm.weight": model.norm.weight / stream,
+        "model.embed_tokens.weight": _STREAM * model.embedding.weight,
+        "model.embedding_norm.weight": model.norm.weight / _STREAM,
     }
     for index, (mixer, unit) in enumerate(blocks):
         layer = f"model.layers.{index}"
@@ -154,15 +156,15 @@ def _lfm2(model: StarModel) -> Native:
             for name in ("q", "k"):
                 identity = torch.full((mixer.head_dim,), math.sqrt(eps), dtype=mixer.output.weight.dtype)
                 tensors[f"{layer}.self_attn.{name}_layernorm.weight"] = identity
-            tensors[f"{layer}.self_attn.out_proj.weight"] = stream * mixer.output.weight
+            tensors[f"{layer}.self_attn.out_proj.weight"] = _STREAM * mixer.output.weight
         else:
             inputs = [_group(mixer, name) for name in ("B", "C", "value")]
             tensors[f"{layer}.conv.in_proj.weight"] = torch.cat(inputs)
             tensors[f"{layer}.conv.conv.weight"] = mixer.featurizer.kernel[:, None]
-            tensors[f"{layer}.conv.out_proj.weight"] = stream * mixer.output.weight
+            tensors[f"{layer}.conv.out_proj.weight"] = _STREAM * mixer.output.weight
         tensors[f"{layer}.feed_forward.w1.weight"] = _group(unit, "gate")
         tensors[f"{layer}.feed_forward.w3.weight"] = _group(unit, "up")
-        tensors[f"{layer}.feed_forward.w2.weight"] = stream * unit.output.weight
+        tensors[f"{layer}.feed_forward.w2.weight"] = _STREAM * unit.output.weight
     config = {
         "model_type": "lfm2",
         **_common(model, "Lfm2ForCausalLM", kv_heads),
@@ -172,7 +174,7 @@ def _lfm2(model: StarModel) -> Native:
         "block_auto_adjust_ff_dim": False,
         "layer_types": ["full_attention" if isinstance(mixer, Attention) else "conv" for mixer, _ in blocks],
     }
-    return Native("Lfm2ForCausalLM", config, _own(tensors), _REMARK if attentions else "")
+    return Native("Lfm2ForCausalLM", config, _own(tensors), _REMARK)
 
 
 def _norm(model: StarModel, index: int) -> Tensor:

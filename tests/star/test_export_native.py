@@ -26,7 +26,6 @@ LLAMAS = {
     "shared weights": "11211-92211-11211-92211",
 }
 LFM2S = {
-    "convolutions": "71111-91111-71111-91111",
     "with attention": "71111-91111-31111-91111-71111-91111-41111-91111",
     "shared weights": "71211-92211-71211-92211-33211-91111-33211-91111",
 }
@@ -38,7 +37,7 @@ def exported(genome: str, directory: Path, **changes: Any) -> tuple[Any, Any, st
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("output.weight"):
-                parameter.mul_(4)
+                parameter.mul_(3)
             elif name.startswith("norm"):
                 parameter.mul_(torch.linspace(0.5, 2, len(parameter)))
     architecture = export(Trained("a model", model, None, Facts("Made for a test.")), directory, native=True)
@@ -59,7 +58,7 @@ def test_gives_the_same_logits(genome: str, architecture: str, tmp_path: Path) -
     ids = torch.randint(0, 100, (2, 48), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected, found = model(ids), native(ids).logits
-    assert expected.std() > 0.3
+    assert expected.std() > 0.25
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     own = model.generate(ids[:, :9], 12, temperature=0)
     assert (
@@ -88,6 +87,7 @@ def test_an_lfm2_in_bfloat16_is_as_near_as_the_model_itself(tmp_path: Path) -> N
         ("11111-91111-91111-91111", r"LIV 3 \(GMemless\) is in a mixer's place"),
         ("11111-11111", r"LIV 2 \(SA-1\) is in a gated unit's place"),
         ("11111-91111-11111", "has 3 LIVs"),
+        ("71111-91111-71111-91111", "no LIV is attention"),
         ("11112-91111-11112-91111", "LIV 3 .* reuses key of LIV 1"),
     ],
 )
