@@ -27,7 +27,15 @@ if TYPE_CHECKING:
     from star.proxy import Outcome, Progress, ProxySettings
     from star.search.settings import DataSettings
 
-__all__ = ["StoppedTraining", "TrainingRecord", "is_training", "read_training", "train"]
+__all__ = [
+    "StoppedTraining",
+    "TrainingRecord",
+    "is_training",
+    "locked",
+    "read_training",
+    "train",
+    "write_whole",
+]
 
 FORMAT = 1
 RECORD = "training.json"
@@ -127,7 +135,7 @@ def train(
 
     identity = _identity(genome, config, settings, corpus, data)
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory):
+    with locked(directory):
         if is_training(directory):
             record = read_training(directory)
             _require_same(directory, record.identity, identity)
@@ -136,7 +144,7 @@ def train(
         else:
             _write_record(directory, identity, None)
         if corpus.tokenizer.json is not None:
-            _write_whole(directory / TOKENIZER, corpus.tokenizer.json)
+            write_whole(directory / TOKENIZER, corpus.tokenizer.json)
         outcome = _carry_out(
             directory, genome, config, settings, corpus, progress, should_stop, checkpoint_every
         )
@@ -226,10 +234,10 @@ def _require_same(directory: Path, recorded: Mapping[str, Any], wanted: Mapping[
 def _write_record(directory: Path, identity: Mapping[str, Any], outcome: Mapping[str, Any] | None) -> None:
     value = {"format": FORMAT, "identity": identity, "outcome": outcome}
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    _write_whole(directory / RECORD, text.encode("utf-8"))
+    write_whole(directory / RECORD, text.encode("utf-8"))
 
 
-def _write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """The file appears whole or not at all."""
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -244,7 +252,7 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path) -> Iterator[None]:
     """One training a directory. The lock goes with the process, however it ends."""
     descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:

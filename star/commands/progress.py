@@ -201,10 +201,12 @@ class SearchProgress:
 
 
 @contextmanager
-def training_progress(console: Console, what: str) -> Iterator[Callable[[Progress], None]]:
-    """A callback for `star.training` that shows steps, losses and the time left."""
+def training_progress(
+    console: Console, what: str, unit: str = "bits per byte"
+) -> Iterator[Callable[[Progress], None]]:
+    """A callback for `star.training` that shows steps, losses (in `unit`) and the time left."""
     if console.is_terminal:
-        with _training_bar(console, what) as update:
+        with _training_bar(console, what, unit) as update:
             yield update
         return
     last = float("-inf")
@@ -215,13 +217,13 @@ def training_progress(console: Console, what: str) -> Iterator[Callable[[Progres
         now = time.monotonic()
         if now - last >= _SECONDS_BETWEEN_LINES or progress.step == progress.steps:
             last = now
-            say(console, f"step {progress.step} of {progress.steps}: {_losses(progress)}")
+            say(console, f"step {progress.step} of {progress.steps}: {_losses(progress, unit)}")
 
     yield print_line
 
 
 @contextmanager
-def _training_bar(console: Console, what: str) -> Iterator[Callable[[Any], None]]:
+def _training_bar(console: Console, what: str, unit: str) -> Iterator[Callable[[Any], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
@@ -236,11 +238,11 @@ def _training_bar(console: Console, what: str) -> Iterator[Callable[[Any], None]
         task = bars.add_task(what, total=None, losses="")
 
         def update(progress: Progress) -> None:
-            bars.update(task, total=progress.steps, completed=progress.step, losses=_losses(progress))
+            bars.update(task, total=progress.steps, completed=progress.step, losses=_losses(progress, unit))
 
         yield update
 
 
-def _losses(progress: Progress) -> str:
+def _losses(progress: Progress, unit: str) -> str:
     validation = "" if progress.validation is None else f", held-out {progress.validation:.4f}"
-    return f"training {progress.train:.4f}{validation} bits per byte"
+    return f"training {progress.train:.4f}{validation} {unit}"

@@ -1,10 +1,7 @@
-"""`star train`: train one architecture for longer."""
+"""`star train`: train one architecture for longer, or on a synthetic task."""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +31,9 @@ def train(
         typer.Option("--out", "-o", help="Directory for the weights; RUN/trained/ID by default."),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1000,
+    task: Annotated[
+        str | None, typer.Option(metavar="NAME[:SIZE=N,…]", help="A task instead of text, like mqar:pairs=4.")
+    ] = None,
     id: Annotated[int | None, typer.Option("--id", min=0, help="Candidate of the run.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
@@ -66,6 +66,28 @@ def train(
     """
     from star.targets import is_run, open_target
 
+    if task is not None:
+        with reported():
+            _train_on_task(
+                target,
+                task,
+                sizes={"id": id, "depth": depth, "width": width, "head_dim": head_dim},
+                options={
+                    "batch_size": batch_size,
+                    "learning_rate": learning_rate,
+                    "seed": seed,
+                    "device": device,
+                    "dtype": dtype,
+                    "threads": threads,
+                },
+                text={"length": length, "data": data, "text-column": text_column, "tokenizer": tokenizer},
+                out=out,
+                steps=steps,
+                evaluate_every=evaluate_every,
+                checkpoint_every=checkpoint_every,
+                as_json=as_json,
+            )
+        return
     with reported():
         from star.search.settings import PRESETS, DataSettings
 
@@ -100,6 +122,44 @@ def train(
     _conclude(chosen, outcome, directory, as_json)
 
 
+def _train_on_task(
+    target: str,
+    name: str,
+    *,
+    sizes: dict[str, int | None],
+    options: dict[str, Any],
+    text: dict[str, Any],
+    out: Path | None,
+    steps: int,
+    evaluate_every: int | None,
+    checkpoint_every: int,
+    as_json: bool,
+) -> None:
+    """`star train --task`. `text` holds the options that belong to texts."""
+    from star.commands import train_task
+    from star.targets import is_run, open_target
+    from star.tasks import open_task
+
+    task = open_task(name)
+    for option, value in text.items():
+        if value:
+            raise BadInput(f"--{option} is for texts: the task {task.name} makes its own sequences")
+    if evaluate_every is not None and evaluate_every < 1:
+        raise BadInput(f"--evaluate-every is {evaluate_every}, takes at least 1")
+    if sizes["width"] is None and not is_run(target):
+        sizes = {**sizes, "width": train_task.WIDTH}
+    chosen = open_target(target, **sizes)
+    train_task.train_task(
+        chosen,
+        task,
+        train_task.settings_of(chosen, steps, options),
+        train_task.directory_of(chosen, task) if out is None else out,
+        evaluate_every or max(1, steps // train_task.POINTS),
+        checkpoint_every,
+        as_json,
+    )
+
+
 def _directory(chosen: Target) -> Path:
     """Where a training goes that was not told: into the run."""
     if chosen.run is None or chosen.evaluation is None:
@@ -123,6 +183,7 @@ def _carry_out(
 ) -> Outcome:
     from star import training_directory
     from star.commands.progress import training_progress
+    from star.commands.stopping import stop_signal
     from star.commands.terminal import say, screen
     from star.data import open_corpus
 
@@ -137,7 +198,7 @@ def _carry_out(
     say(console, f"Training {chosen.name} on {corpus.name} in {out}")
     config = replace(chosen.config, vocab_size=corpus.vocab_size)
     try:
-        with _stop_signal() as stopped, training_progress(console, "training") as progress:
+        with stop_signal() as stopped, training_progress(console, "training") as progress:
             return training_directory.train(
                 out,
                 chosen.genome,
@@ -155,26 +216,6 @@ def _carry_out(
         raise Stopped(
             f"training stopped; the same command goes on from its last checkpoint in {out}"
         ) from None
-
-
-@contextmanager
-def _stop_signal() -> Iterator[list[int]]:
-    """A list that the first Ctrl-C puts something into, so that the step ends whole; the next interrupts."""
-    stopped: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        stopped.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not in the main thread, where nobody presses Ctrl-C
-        yield stopped
-        return
-    try:
-        yield stopped
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _conclude(chosen: Target, outcome: Outcome, out: Path, as_json: bool) -> None:
