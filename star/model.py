@@ -63,7 +63,7 @@ class StarModel(nn.Module):
         for plan in self.plans:
             owner = None if plan.featurizer_owner == plan.index else self.layers[plan.featurizer_owner]
             self.norms.append(RMSNorm(config.width, config.norm_eps, device=device, dtype=dtype))
-            self.layers.append(_build_layer(plan, config, len(self.plans), owner, device, dtype))
+            self.layers.append(build_layer(plan, config, len(self.plans), owner, device, dtype))
         self.norm = RMSNorm(config.width, config.norm_eps, device=device, dtype=dtype)
         self._lent = frozenset(plan.source for plan in self.plans if plan.source is not None)
 
@@ -242,7 +242,7 @@ class _Embedding(nn.Embedding):
 # The table from class to layer
 
 
-def _build_layer(
+def build_layer(
     plan: LivPlan,
     config: ModelConfig,
     depth: int,

@@ -1,0 +1,307 @@
+"""Measures the table of a device: every LIV class alone, in each way that sharing leaves it something to do.
+
+All LIVs take their turns, so that the weights of each are as cold as they are in a model, and a machine that
+gets slower meanwhile does so for all. What is left over between a whole model (one LIV of each class) and
+the sum of its parts becomes the calibration.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import metadata
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from star import pools
+from star.bench.timing import threads_set
+from star.config import ModelConfig
+from star.genome import Gene, Genome
+from star.measure.device import PeakMemory, Timer, device_name, device_timer
+from star.measure.quantities import at, percentile
+from star.measure.settings import MeasureSettings
+from star.measure.whole import ROOM, fill, measure_genome, read_prompt, weight_dtype
+from star.model import StarModel, build_layer, build_model
+from star.pools import LivClass
+from star.profile.predict import Predictor
+from star.profile.table import Calibration, Ends, LivRow, ProfileTable
+from star.sharing import LivPlan
+from star_kernels.cache import LayerCache
+from star_kernels.layers import LivLayer
+
+__all__ = ["Tell", "measure_table"]
+
+Tell = Callable[[str], None]
+Whole = Callable[[Genome, ModelConfig, MeasureSettings], Mapping[str, float]]
+
+_WARM_UP_TOKENS = 128
+_CALLS_BETWEEN_WAITS = 8  # on a GPU: waiting after every token of one LIV would time the waiting
+
+
+@dataclass
+class Liv:
+    """An LIV that is ready to be called: its layer, its cache, and the features that another lends it."""
+
+    entry: LivClass
+    computed: tuple[str, ...]
+    layer: LivLayer
+    cache: LayerCache
+    given: dict[str, Tensor]
+
+    def read(self, x: Tensor, chunk: int) -> None:
+        """A whole prompt (1, L, D), from an emptied cache on."""
+        self.cache.position = 0
+        read_prompt(lambda part: self.layer(part, self.cache, self._lent(part.shape[1])), x, chunk)
+
+    def step(self, x: Tensor, context: int) -> None:
+        """One token (1, 1, D) behind a full context."""
+        self.cache.position = context
+        self.layer(x, self.cache, self._lent(1))
+
+    def _lent(self, length: int) -> dict[str, Tensor] | None:
+        return {name: tensor[:, :length] for name, tensor in self.given.items()} or None
+
+
+def measure_table(
+    settings: MeasureSettings,
+    *,
+    classes: Collection[int] | None = None,
+    tell: Tell = lambda text: None,
+    timer: Timer | None = None,
+    whole: Whole = measure_genome,
+) -> ProfileTable:
+    """The table of the device that the settings name.
+
+    Args:
+        settings: resolved.
+        classes: numbers of the LIV classes; all that are registered by default.
+        tell: is told what is being done.
+        timer: of calls; that of the device by default.
+        whole: measures the model of the calibration; tests put a known answer here.
+
+    Raises:
+        MeasurementError: there is no memory for a model of one LIV of each class.
+        ValueError: a class that does not exist.
+    """
+    began = time.perf_counter()
+    device = torch.device(settings.device)
+    timer = device_timer(device) if timer is None else timer
+    config = settings.config()
+    entries = pools.all_classes() if classes is None else [pools.get(number) for number in sorted(classes)]
+    genome = Genome(Gene(entry.id, 1, 1, 1, 1) for entry in entries)
+    tell(f"a whole model of {len(entries)} LIVs")
+    measured = whole(genome, config, settings)
+    rows: list[LivRow] = []
+    ends: list[Ends] = []
+    with threads_set(settings.threads), torch.no_grad():
+        model = build_model(genome, config, seed=0, device=device, dtype=weight_dtype(settings))
+        for context in settings.contexts:
+            tell(f"every LIV alone, {context} tokens")
+            rows += _rows(model, context, settings, timer)
+            ends.append(_ends(model, context, settings, timer))
+    table = ProfileTable(
+        device_name=device_name(device),
+        versions={name: metadata.version(name) for name in ("torch", "star-kernels")},
+        settings=settings,
+        rows=tuple(rows),
+        ends=tuple(ends),
+        calibrations=tuple(_uncalibrated(context, len(entries)) for context in settings.contexts),
+        seconds=0.0,
+    )
+    calibrations = tuple(_calibration(table, genome, context, measured) for context in settings.contexts)
+    return replace(table, calibrations=calibrations, seconds=time.perf_counter() - began)
+
+
+# ---- LIVs ------------------------------------------------------------------------------------------------
+
+
+def _rows(model: StarModel, context: int, settings: MeasureSettings, timer: Timer) -> list[LivRow]:
+    """Rows of all LIVs at one context; their caches live no longer than this call."""
+    livs = _livs(model, context, settings)
+    chunk = min(settings.chunk, context)
+    prompt = _noise((1, context, model.config.width), model)
+    token = prompt[:, :1]
+    for liv in livs:
+        liv.read(prompt[:, :_WARM_UP_TOKENS], settings.chunk)
+    prefill = _in_turns(
+        [partial(timer, partial(liv.read, prompt, settings.chunk)) for liv in livs],
+        settings.repetitions,
+        settings.seconds,
+    )
+    for liv in livs:
+        fill(liv.cache, context)
+        liv.step(token, context)
+    calls = _CALLS_BETWEEN_WAITS if prompt.is_cuda else 1
+    decode = _in_turns(
+        [partial(timer, partial(_often, liv, token, context, calls)) for liv in livs],
+        settings.decode_steps,
+        settings.seconds,
+    )
+    gauge = PeakMemory(prompt.device)
+    return [
+        LivRow(
+            liv_class=liv.entry.id,
+            computed=liv.computed,
+            context=context,
+            prefill=1e3 * statistics.median(reads),
+            decode_p50=1e3 * statistics.median(steps) / calls,
+            decode_p95=1e3 * percentile(steps, 95) / calls,
+            held=sum(tensor.nbytes for tensor in liv.cache.derived.values()),
+            transient=_transient(liv, prompt[:, :chunk], gauge),
+            features=_feature_bytes(liv, prompt[:, :1]) * chunk,
+        )
+        for liv, reads, steps in zip(livs, prefill, decode, strict=True)
+    ]
+
+
+def _livs(model: StarModel, context: int, settings: MeasureSettings) -> list[Liv]:
+    """Every class in each of its ways to share, those of one class far apart.
+
+    Position-indexed tensors of the caches are those of the class's unshared LIV: one cache a class.
+    """
+    room = context + settings.decode_steps + ROOM
+    chunk = _noise((1, min(settings.chunk, context), model.config.width), model)
+    by_way: dict[int, list[Liv]] = {}
+    for plan, module in zip(model.plans, model.layers, strict=True):
+        layer = cast(LivLayer, module)
+        own = layer.allocate_cache(1, room)
+        features = layer.featurize(chunk, own)
+        for way, shared in enumerate(plan.entry.feature_strategies):
+            computed = tuple(name for name in plan.entry.groups if name not in shared)
+            follower = layer if not shared else _follower(plan, computed, shared, model, settings)
+            cache = own if not shared else follower.allocate_cache(1, room, source=own, shared=shared)
+            given = {name: features[name] for name in shared}
+            by_way.setdefault(way, []).append(Liv(plan.entry, computed, follower, cache, given))
+    return [liv for way in sorted(by_way) for liv in by_way[way]]
+
+
+def _follower(
+    plan: LivPlan,
+    computed: tuple[str, ...],
+    shared: tuple[str, ...],
+    model: StarModel,
+    settings: MeasureSettings,
+) -> LivLayer:
+    """The layer of an LIV that takes some groups from another."""
+    followed = LivPlan(plan.index, plan.entry, plan.index, computed, computed, plan.index, shared)
+    layer = build_layer(
+        followed,
+        model.config,
+        len(model.plans),
+        None,
+        torch.device(settings.device),
+        weight_dtype(settings),
+    )
+    return cast(LivLayer, layer).eval()
+
+
+def _often(liv: Liv, token: Tensor, context: int, calls: int) -> None:
+    for _ in range(calls):
+        liv.step(token, context)
+
+
+def _in_turns(samples: Sequence[Callable[[], float]], most: int, seconds: float) -> list[list[float]]:
+    """Samples of all in turns: at most so many of each, and no further round after so many seconds; one of
+    each at least."""
+    taken: list[list[float]] = [[] for _ in samples]
+    spent = 0.0
+    while len(taken[0]) < most and (spent < seconds or not taken[0]):
+        for values, sample in zip(taken, samples, strict=True):
+            values.append(sample())
+            spent += values[-1]
+    return taken
+
+
+def _transient(liv: Liv, chunk: Tensor, gauge: PeakMemory) -> int | None:
+    liv.cache.position = 0
+    gauge.begin()
+    result = liv.layer(chunk, liv.cache, liv._lent(chunk.shape[1]))
+    taken = gauge.taken()
+    del result
+    return taken
+
+
+def _feature_bytes(liv: Liv, token: Tensor) -> int:
+    """Of one token's features."""
+    liv.cache.position = 0
+    features = liv.layer.featurize(token, liv.cache, liv._lent(1))
+    return sum(tensor.numel() * tensor.element_size() for tensor in features.values() if tensor.dim() > 2)
+
+
+# ---- beside the LIVs -------------------------------------------------------------------------------------
+
+
+def _ends(model: StarModel, context: int, settings: MeasureSettings, timer: Timer) -> Ends:
+    """Embedding, head and norms."""
+    ids = torch.zeros(1, context, dtype=torch.long, device=model.head_weight.device)
+
+    def whole(part: Tensor) -> Tensor:
+        return model.norm(model.embedding(part))
+
+    def outside(tokens: Tensor) -> None:
+        hidden = read_prompt(whole, tokens, settings.chunk)
+        F.linear(hidden[:, -1:], model.head_weight).argmax(-1)
+
+    stream = _noise((1, context, model.config.width), model)
+    norm = model.norms[0]
+
+    def between(x: Tensor) -> None:
+        read_prompt(lambda part: norm(part, part)[0], x, settings.chunk)
+
+    def median(call: Callable[[], object], most: int) -> float:
+        call()
+        return 1e3 * statistics.median(timer(call) for _ in range(most))
+
+    steps, passes = settings.decode_steps, settings.repetitions
+    gauge = PeakMemory(stream.device)
+    gauge.begin()
+    result = norm(stream[:, : settings.chunk], stream[:, : settings.chunk])
+    transient = gauge.taken()
+    del result
+    return Ends(
+        context=context,
+        prefill=median(lambda: outside(ids), passes),
+        decode=median(lambda: outside(ids[:, :1]), steps),
+        norm_prefill=median(lambda: between(stream), passes),
+        norm_decode=median(lambda: between(stream[:, :1]), steps),
+        norm_transient=transient,
+    )
+
+
+def _noise(shape: tuple[int, ...], model: StarModel) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    weight = model.head_weight
+    return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+
+
+# ---- the calibration -------------------------------------------------------------------------------------
+
+
+def _uncalibrated(context: int, livs: int) -> Calibration:
+    return Calibration(context, livs, prefill=0.0, decode=0.0, tail=1.0, memory=0)
+
+
+def _calibration(
+    table: ProfileTable, genome: Genome, context: int, measured: Mapping[str, float]
+) -> Calibration:
+    predicted = Predictor(table).predict(genome)
+
+    def beyond(name: str) -> float:
+        return measured[at(name, context)] - predicted[at(name, context)]
+
+    memory = at("peak_memory", context)
+    known = memory in measured and memory in predicted
+    return Calibration(
+        context=context,
+        livs=genome.depth,
+        prefill=beyond("ttft") / genome.depth,
+        decode=beyond("decode_p50") / genome.depth,
+        tail=measured[at("decode_p95", context)] / measured[at("decode_p50", context)],
+        memory=round(beyond("peak_memory")) if known else None,
+    )
