@@ -215,10 +215,10 @@ register_fake("selective_scan_backward", _selective_scan_backward_fake)
 register_fake("selective_scan_step", lambda x, *others: x.new_empty(x.shape))
 register_autograd("selective_scan", _selective_scan_autograd, _selective_scan_setup)
 
-for _name, _function in (
-    ("linear_scan", linear_scan),
-    ("linear_scan_step", linear_scan_step),
-    ("selective_scan", selective_scan),
-    ("selective_scan_step", selective_scan_step),
+for _name, _function, _cuda in (
+    ("linear_scan", linear_scan, False),
+    ("linear_scan_step", linear_scan_step, True),
+    ("selective_scan", selective_scan, False),
+    ("selective_scan_step", selective_scan_step, True),
 ):
-    dispatch.register_compiled(_name, _function)
+    dispatch.register_compiled(_name, _function, cuda=_cuda)

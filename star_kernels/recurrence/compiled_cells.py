@@ -171,10 +171,10 @@ register_fake("lstm_scan_backward", _lstm_backward_fake)
 register_fake("lstm_scan_step", lambda xf, *others: xf.new_empty(xf.shape))
 register_autograd("lstm_scan", _lstm_autograd, _setup)
 
-for _name, _function in (
-    ("gru_scan", gru_scan),
-    ("gru_scan_step", gru_scan_step),
-    ("lstm_scan", lstm_scan),
-    ("lstm_scan_step", lstm_scan_step),
+for _name, _function, _cuda in (
+    ("gru_scan", gru_scan, False),
+    ("gru_scan_step", gru_scan_step, True),
+    ("lstm_scan", lstm_scan, False),
+    ("lstm_scan_step", lstm_scan_step, True),
 ):
-    dispatch.register_compiled(_name, _function)
+    dispatch.register_compiled(_name, _function, cuda=_cuda)

@@ -175,10 +175,10 @@ register_fake("gated_delta_rule_backward", _delta_backward_fake)
 register_fake("gated_delta_rule_step", lambda q, k, v, *others: v.new_empty(v.shape))
 register_autograd("gated_delta_rule", _delta_autograd, _attention_setup)
 
-for _name, _function in (
-    ("gated_linear_attention", gated_linear_attention),
-    ("gated_linear_attention_step", gated_linear_attention_step),
-    ("gated_delta_rule", gated_delta_rule),
-    ("gated_delta_rule_step", gated_delta_rule_step),
+for _name, _function, _cuda in (
+    ("gated_linear_attention", gated_linear_attention, False),
+    ("gated_linear_attention_step", gated_linear_attention_step, True),
+    ("gated_delta_rule", gated_delta_rule, False),
+    ("gated_delta_rule_step", gated_delta_rule_step, True),
 ):
-    dispatch.register_compiled(_name, _function)
+    dispatch.register_compiled(_name, _function, cuda=_cuda)
