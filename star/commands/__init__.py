@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from star.commands import bench, export, generate, report, resume, search, show, train
+from star.commands import bench, eval, export, generate, report, resume, search, show, train
 from star.commands.errors import StarGroup
 
 __all__ = ["app"]
@@ -50,4 +50,5 @@ app.command("show")(show.show)
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.command("export")(export.export)
+app.command("eval")(eval.evaluate)
 app.command("bench")(bench.bench)

@@ -19,7 +19,7 @@ from star.commands import app
 from star.commands.errors import Failed, one_line
 from star.commands.search import carry_out
 
-COMMANDS = ("search", "resume", "report", "show", "train", "generate", "bench")
+COMMANDS = ("search", "resume", "report", "show", "train", "generate", "export", "eval", "bench")
 GENOME = "21211-31112-21221-32112"
 SCREEN_LINES = 50
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
