@@ -175,4 +175,4 @@ for _name, _function in (
     ("diff_attention", diff_attention),
     ("attention_decode", attention_decode),
 ):
-    dispatch.register_compiled(_name, _function)
+    dispatch.register_compiled(_name, _function, cuda=_name == "attention_decode")
