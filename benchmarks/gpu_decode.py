@@ -1,8 +1,8 @@
 """Decoding on a GPU: each operator's step at batch 1 and 64, under a CUDA graph, for `benchmarks.gpu`.
 
-A step's memory is small beside a GPU's cache, so a graph holds the steps of many copies of its tensors, enough
-to fill the cache several times: what is measured is the memory, as in a model with many layers. A step counts
-every tensor once, and those that it rewrites twice.
+A step's memory is small beside a GPU's cache, so a graph holds the steps of many copies of its tensors,
+enough to fill the cache several times: what is measured is the memory, as in a model with many layers. A
+step counts every tensor once, and those that it rewrites twice.
 """
 
 from __future__ import annotations
