@@ -9,6 +9,7 @@
 // may be follows from shapes; how many of them a sequence uses, from its length, which the device alone knows.
 #include "../common/cuda/arguments.h"
 #include "../common/cuda/splits.h"
+#include "../common/cuda/words.h"
 
 #include <cfloat>
 #include <cmath>
@@ -82,7 +83,7 @@ struct PackedForm {
   static constexpr int entries = groups * ROWS;      // that a warp takes at once
   static constexpr int least = 2 * warps * entries;  // that another split is worth
   // Blocks on a multiprocessor at once: bounds registers, and these the entries on their way.
-  static constexpr int together = HEADS > 4 ? 3 : 4;
+  static constexpr int together = HEADS * PACKS > 4 ? 3 : 4;
 
   // The columns of an entry lie as the lanes need them, four by four: lane after lane for the first four of
   // each pack, then for the next four.
@@ -206,12 +207,6 @@ __device__ __forceinline__ void deliver(const DecodeCall& call, const Part& part
   }
 }
 
-template <class T, int N>
-__device__ __forceinline__ void unpack(const Pack<T, N>& pack, float (&values)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) values[i] = to_float(pack.values[i]);
-}
-
 // The running softmax of one group of lanes over its entries.
 template <class Form>
 struct Running {
@@ -291,7 +286,7 @@ __device__ __forceinline__ void load_queries(const DecodeCall& call, const Part&
   }
 }
 
-// Keeps what is in shared memory there: the compiler would hold the queries of all heads in registers.
+// Keeps what is in shared memory there: the compiler would hold the queries of many heads in registers at once.
 __device__ __forceinline__ void read_again() { asm volatile("" ::: "memory"); }
 
 // Goes over the block's entries of the cache.
@@ -305,8 +300,7 @@ __device__ __forceinline__ void attend(const DecodeCall& call, const Part& part,
   const T* k = call.k.at<T>(part.batch, 0, part.kv_head) + lane * N;
   const T* v = call.v.at<T>(part.batch, 0, part.kv_head) + lane * N;
   for (int64_t entry = part.first + warp * Form::entries; entry < part.last; entry += warps * Form::entries) {
-    if (heads > 1) read_again();
-    Pack<T, N> key[rows][packs], value[rows][packs];
+    Words<T, N> key[rows][packs], value[rows][packs];
     bool there[rows];
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
@@ -315,11 +309,9 @@ __device__ __forceinline__ void attend(const DecodeCall& call, const Part& part,
 #pragma unroll
       for (int i = 0; i < packs; ++i) {
         const int column = (i * Form::lanes + lane) * N;
-        key[r][i] = value[r][i] = Pack<T, N>{};
-        if (there[r] && column < call.width)
-          key[r][i] = *reinterpret_cast<const Pack<T, N>*>(k + row * call.k.row_stride + i * Form::lanes * N);
-        if (there[r] && column < call.value_width)
-          value[r][i] = *reinterpret_cast<const Pack<T, N>*>(v + row * call.v.row_stride + i * Form::lanes * N);
+        key[r][i].load(k + row * call.k.row_stride + i * Form::lanes * N, there[r] && column < call.width);
+        value[r][i].load(v + row * call.v.row_stride + i * Form::lanes * N,
+                         there[r] && column < call.value_width);
       }
     }
     float scores[heads][rows] = {};
@@ -327,9 +319,10 @@ __device__ __forceinline__ void attend(const DecodeCall& call, const Part& part,
     for (int i = 0; i < packs; ++i) {
       float keys[rows][N];
 #pragma unroll
-      for (int r = 0; r < rows; ++r) unpack(key[r][i], keys[r]);
+      for (int r = 0; r < rows; ++r) key[r][i].unpack(keys[r]);
 #pragma unroll
       for (int head = 0; head < heads; ++head) {
+        if (heads > 1 && head % 2 == 0) read_again();
 #pragma unroll
         for (int part_of = 0; part_of < N / 4; ++part_of) {
           float query[4];
@@ -355,7 +348,7 @@ __device__ __forceinline__ void attend(const DecodeCall& call, const Part& part,
 #pragma unroll
       for (int i = 0; i < packs; ++i) {
         float values[N];
-        unpack(value[r][i], values);
+        value[r][i].unpack(values);
 #pragma unroll
         for (int head = 0; head < heads; ++head)
 #pragma unroll

@@ -245,6 +245,7 @@ register_fake("gated_short_conv", _gated_short_conv_fake)
 register_fake("gated_short_conv_backward", _gated_short_conv_backward_fake)
 register_autograd("gated_short_conv", _gated_short_conv_autograd, _gated_short_conv_setup)
 
+_ON_CUDA = (short_conv_step, gated_short_conv_step)
 for _function in (
     short_conv,
     gated_short_conv,
@@ -255,4 +256,4 @@ for _function in (
     long_conv_step,
     gated_long_conv_step,
 ):
-    dispatch.register_compiled(_function.__name__, _function)
+    dispatch.register_compiled(_function.__name__, _function, cuda=_function in _ON_CUDA)
