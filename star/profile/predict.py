@@ -22,7 +22,7 @@ from star.measure.settings import MeasureSettings
 from star.profile.table import Calibration, Ends, LivRow, ProfileTable
 from star.sharing import LivPlan, resolve
 
-__all__ = ["Predictor", "Share"]
+__all__ = ["Predictor", "Share", "predictor"]
 
 Share = tuple[LivPlan, LivRow]
 
@@ -100,6 +100,16 @@ class Predictor:
                 f"at {context} tokens: measure one with star profile"
             )
         return row
+
+
+def predictor(table: ProfileTable) -> Predictor:
+    """The table's predictor; the last one is kept, since a search asks the same table each time."""
+    if not _last or _last[0].table is not table:
+        _last[:] = [Predictor(table)]
+    return _last[0]
+
+
+_last: list[Predictor] = []
 
 
 def known_memory(genome: Genome, config: ModelConfig, settings: MeasureSettings, context: int) -> int:

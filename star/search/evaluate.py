@@ -19,7 +19,6 @@ from star.proxy import Outcome, train_candidate
 from star.search.corpus import CorpusRecord, open_recorded
 from star.search.errors import RunError, is_disk_full
 from star.search.measures import Candidate, MeasurementFailed
-from star.search.objectives import measured
 from star.search.results import failure
 from star.search.settings import SearchSettings
 from star.search.store import canonical_json
@@ -60,7 +59,7 @@ def evaluate(
     candidate = Candidate(genome, search, outcome)
     began = time.perf_counter()
     try:
-        result["objectives"] = {item.name: item.load()(candidate) for item in measured(search.objectives)}
+        result["objectives"] = {item.name: item.load()(candidate) for item in search.measured()}
     except MeasurementFailed as error:
         return {**failure(str(error)), "curve": result["curve"], "seconds": _seconds(outcome, began)}
     result["seconds"] = _seconds(outcome, began)

@@ -13,6 +13,7 @@ __all__ = [
     "CandidateFinished",
     "CandidateStarted",
     "CorpusOpened",
+    "DeviceMeasured",
     "Event",
     "GenerationFinished",
     "GenerationStarted",
@@ -40,6 +41,13 @@ class CorpusOpened:
 
     name: str
     content_hash: str
+
+
+@dataclass(frozen=True)
+class DeviceMeasured:
+    """Something begins to be measured on the device that the search is for, in words."""
+
+    what: str
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,7 @@ class RunFinished:
 Event = (
     RunStarted
     | CorpusOpened
+    | DeviceMeasured
     | GenerationStarted
     | CandidateStarted
     | CandidateFinished

@@ -19,12 +19,15 @@ from pymoo.core.population import Population
 from pymoo.core.problem import Problem
 from pymoo.core.termination import NoTermination
 from pymoo.operators.selection.tournament import TournamentSelection
+from pymoo.operators.survival.rank_and_crowding import RankAndCrowding
 
 from star.genome import Genome
+from star.search.budgets import FAILED, is_over_budget, violation
 from star.search.layouts import BASELINES, seeds
 from star.search.objectives import objective_vector
 from star.search.settings import SearchSettings
 from star.search.store import Evaluation
+from star.search.survival import HypervolumeSurvival
 from star.search.variation import (
     POSITIONS,
     KnownModels,
@@ -54,6 +57,7 @@ class Evolution:
 
     def __init__(self, settings: SearchSettings) -> None:
         self._objectives = settings.objectives
+        self._budgets = settings.budgets
         self._known = KnownModels()
         self._algorithm = _nsga2(settings, self._known)
         self._proposed: Population | None = None
@@ -76,11 +80,13 @@ class Evolution:
         assert self._proposed is not None, "propose comes first"
         for individual in self._proposed:
             evaluation = evaluations[decode(individual.X).key]
-            if evaluation.ok:
+            if evaluation.ok or is_over_budget(evaluation):
                 individual.F = np.array(objective_vector(evaluation.objectives, self._objectives))
+                violated = violation(evaluation.objectives, self._budgets)
             else:
                 individual.F = np.full(len(self._objectives), _OBJECTIVE_OF_A_FAILURE)
-            individual.G = np.array([0.0 if evaluation.ok else 1.0])  # above 0 violates the constraint
+                violated = FAILED
+            individual.G = np.array([violated])  # above 0 violates the constraint
         self._algorithm.tell(infills=self._proposed)
         return [decode(individual.X) for individual in self._algorithm.pop]
 
@@ -103,10 +109,11 @@ def _nsga2(settings: SearchSettings, known: KnownModels) -> NSGA2:
         repair=repair,
         eliminate_duplicates=known,
         seed=settings.seed,
+        survival=HypervolumeSurvival() if settings.survival == "hv" else RankAndCrowding(),
     )
     problem = Problem(
         n_var=settings.depth * POSITIONS,
         n_obj=len(settings.objectives),
-        n_ieq_constr=1,  # "the candidate did not fail"
+        n_ieq_constr=1,  # "the candidate did not fail, and keeps all budgets"
     )
     return algorithm.setup(problem, termination=NoTermination())

@@ -23,6 +23,7 @@ from typing import Any
 
 from star.genome import Genome
 from star.search.algorithms import begin
+from star.search.budgets import judged
 from star.search.directory import RunDirectory
 from star.search.errors import RunDamaged
 from star.search.events import (
@@ -67,6 +68,10 @@ class Memory:
     @classmethod
     def of(cls, store: RunStore) -> Memory:
         return cls({item.key: item for item in store.evaluations()}, store.populations())
+
+    def judged(self, budgets: Mapping[str, float]) -> dict[str, Evaluation]:
+        """What the search has asked for, as selection sees it: over a budget is failed."""
+        return {item.key: item for item in judged(self.known.values(), budgets)}
 
     def replays(self, generation: int) -> bool:
         """Whether the record holds the generation's survivors."""
@@ -120,7 +125,7 @@ def evolve(settings: SearchSettings, edges: Edges) -> RunFinished:
         for evaluation in assess(requests, generation, memory, settings, edges, clock):
             memory.known[evaluation.key] = evaluation
         with clock.timing("select"):
-            survivors = tuple(genome.key for genome in algorithm.select(memory.known))
+            survivors = tuple(genome.key for genome in algorithm.select(memory.judged(settings.budgets)))
         conclude(generation, survivors, memory, settings, edges, clock)
     _require_nothing_else(memory, settings)
     return _finish(memory.known, settings, edges, time.perf_counter() - began, exhausted)
@@ -175,14 +180,14 @@ def assess(
     edges.listener(GenerationStarted(generation, len(new)))
     if not new:
         return
-    best = front(memory.known.values(), settings.objectives)
+    best = front(judged(memory.known.values(), settings.budgets), settings.objectives)
     finished = len(memory.known)
     for id, result in edges.engine.evaluate([_task(request, settings, edges) for request in new.values()]):
-        evaluation = evaluated(new[id], result, settings.objectives)
+        evaluation = evaluated(new[id], result, [*settings.objectives, *settings.budgets])
         with clock.timing("store"):
             edges.store.append_evaluation(evaluation)
         with clock.timing("select"):
-            best = front([*best, evaluation], settings.objectives)
+            best = front([*best, *judged([evaluation], settings.budgets)], settings.objectives)
         finished += 1
         ids = tuple(member.id for member in best)
         edges.listener(CandidateFinished(evaluation, ids, finished, planned(settings)))
@@ -238,8 +243,9 @@ def conclude(
             "the record is damaged, or another version of numpy or pymoo draws differently"
         )
     with clock.timing("select"):
-        best = front(memory.known.values(), settings.objectives)
-        volume = hypervolume(memory.known.values(), settings.objectives, generation)
+        within = list(memory.judged(settings.budgets).values())
+        best = front(within, settings.objectives)
+        volume = hypervolume(within, settings.objectives, generation)
     with clock.timing("store"):
         if not replayed:
             edges.store.append_population(generation, survivors)
@@ -263,7 +269,7 @@ def conclude(
 def _useful(evaluations: Iterable[Evaluation], settings: SearchSettings) -> set[int]:
     """Ids of the candidates whose weights are worth their place: the front's and the references'. The
     evaluations are all there are, later generations of a replayed record among them."""
-    everything = list(evaluations)
+    everything = judged(evaluations, settings.budgets)
     references = {item.id for item in everything if item.origin.startswith("reference:")}
     return references | {member.id for member in front(everything, settings.objectives)}
 
@@ -275,7 +281,8 @@ def _finish(
     seconds: float,
     exhausted: bool,
 ) -> RunFinished:
-    best = tuple(member.id for member in front(known.values(), settings.objectives))
+    within = judged(known.values(), settings.budgets)
+    best = tuple(member.id for member in front(within, settings.objectives))
     failed = sum(not evaluation.ok for evaluation in known.values())
     edges.store.append_event("finished", evaluations=len(known), failed=failed, exhausted=exhausted)
     event = RunFinished(edges.directory.path, len(known), failed, best, seconds, exhausted)

@@ -9,12 +9,24 @@ from dataclasses import dataclass, replace
 
 from star import cost
 from star.genome import Genome
+from star.measure.quantities import value_of
+from star.profile.predict import predictor
 from star.proxy import Outcome
 from star.search.settings import SearchSettings
 from star.tasks import open_task
 from star.tasks.training import train_on_task
 
-__all__ = ["CACHE_LENGTH", "Candidate", "MeasurementFailed", "cache", "flops", "quality", "recall", "size"]
+__all__ = [
+    "CACHE_LENGTH",
+    "Candidate",
+    "MeasurementFailed",
+    "cache",
+    "flops",
+    "on_device",
+    "quality",
+    "recall",
+    "size",
+]
 
 CACHE_LENGTH = 4096
 
@@ -81,3 +93,14 @@ def recall(candidate: Candidate) -> float:
     if outcome.accuracy is None:
         raise MeasurementFailed(f"recall: {outcome.reason}")
     return 1.0 - outcome.accuracy
+
+
+def on_device(candidate: Candidate, name: str) -> float:
+    """A quantity of the device (star.measure.quantities), predicted from its table at the target size."""
+    table = candidate.settings.profile
+    if table is None:
+        raise MeasurementFailed(f"{name}: the search has no table of a device")
+    predicted = value_of(predictor(table).predict(candidate.genome), name)
+    if predicted is None:
+        raise MeasurementFailed(f"{name}: the table of {table.device_name} does not have it")
+    return predicted

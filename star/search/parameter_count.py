@@ -17,7 +17,7 @@ from star.genome import Genome
 from star.proxy import Outcome
 from star.search.layouts import seeds
 from star.search.measures import Candidate
-from star.search.objectives import OBJECTIVES
+from star.search.objectives import find
 from star.search.ranking import best, ranked_keys
 from star.search.settings import SearchSettings
 from star.search.store import Evaluation
@@ -25,7 +25,7 @@ from star.search.variation import different_genomes
 
 __all__ = ["DRAWS", "ParameterCount"]
 
-DRAWS = 4
+DRAWS = 2
 
 
 class ParameterCount:
@@ -70,7 +70,10 @@ class ParameterCount:
         """What the genome tells of each objective."""
         parameters = float(cost.parameters(genome, self._settings.model))
         candidate = Candidate(genome, self._settings, Outcome("ok"))
-        return tuple(
-            -parameters if OBJECTIVES[name].trained else float(OBJECTIVES[name].load()(candidate))
-            for name in self._settings.objectives
-        )
+        foretold = []
+        for name in self._settings.objectives:
+            objective = find(name)
+            assert objective is not None, "settings check their names"
+            sign = -1.0 if objective.maximised else 1.0
+            foretold.append(-parameters if objective.trained else sign * objective.load()(candidate))
+        return tuple(foretold)

@@ -11,7 +11,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from star.measure.process import measure_in_process
+from star.profile.cached import find_or_measure
 from star.search.corpus import CorpusRecord, open_corpus_of
+from star.search.device import FindTable, MeasureWhole, WholeModels, with_table
 from star.search.directory import RunDirectory
 from star.search.errors import RunError, SearchInterrupted
 from star.search.events import CorpusOpened, Event, Listener, RunFinished, RunStarted, WorkerLost, ignore
@@ -32,6 +35,8 @@ def search(
     *,
     evaluator: str = EVALUATOR,
     open_corpus: OpenCorpus = open_corpus_of,
+    find_table: FindTable = find_or_measure,
+    measure_whole: MeasureWhole = measure_in_process,
     on_event: Listener = ignore,
 ) -> RunFinished:
     """Begin a search in a new run directory and carry it to its end.
@@ -41,6 +46,8 @@ def search(
         directory: made if it is missing; must not hold a run yet.
         evaluator: "package.module:function" (star.search.results says what it does), imported by the workers.
         open_corpus: makes the corpus and says which it is.
+        find_table: finds or measures the table of the device, where it is needed (star.search.device).
+        measure_whole: measures a whole model on the device.
         on_event: called with each of star.search.events.
 
     Raises:
@@ -61,6 +68,7 @@ def search(
         settings = replace(settings, data=settings.data.absolute())
         corpus = open_corpus(settings)
         settings = replace(settings, model=replace(settings.model, vocab_size=corpus.vocab_size))
+        settings = with_table(settings, on_event, find_table)
         facts = {
             "settings": settings.identity(),
             "execution": {name: getattr(settings, name) for name in EXECUTION},
@@ -70,7 +78,7 @@ def search(
         }
         with RunStore.create(run.database, facts) as store:
             run.write_config(settings.to_json())
-            return _carry_out(settings, run, store, evaluator, corpus, on_event)
+            return _carry_out(settings, run, store, evaluator, corpus, measure_whole, on_event)
 
 
 def resume(
@@ -80,6 +88,7 @@ def resume(
     engine: str | None = None,
     evaluator: str = EVALUATOR,
     open_corpus: OpenCorpus = open_corpus_of,
+    measure_whole: MeasureWhole = measure_in_process,
     on_event: Listener = ignore,
 ) -> RunFinished:
     """Carry a run to its end that was killed, stopped, or ran out of disk. A finished run stays as it is.
@@ -87,7 +96,8 @@ def resume(
     Args:
         directory: of the run. Its settings are the recorded ones.
         workers, engine: other than the run began with; nothing else may change.
-        evaluator, open_corpus, on_event: as for `search`; the evaluator is never taken from the directory.
+        evaluator, open_corpus, measure_whole, on_event: as for `search`; the evaluator is never taken from
+            the directory.
 
     Raises:
         RunError: there is no run, or something that decides its results has changed.
@@ -108,7 +118,7 @@ def resume(
                 settings = replace(settings, engine=engine)
             corpus = open_corpus(settings)
             _require_same_text(store.facts()["data"], corpus)
-            return _carry_out(settings, run, store, evaluator, corpus, on_event)
+            return _carry_out(settings, run, store, evaluator, corpus, measure_whole, on_event)
 
 
 def _carry_out(
@@ -117,6 +127,7 @@ def _carry_out(
     store: RunStore,
     evaluator: str,
     corpus: CorpusRecord,
+    measure_whole: MeasureWhole,
     on_event: Listener,
 ) -> RunFinished:
     """The loop between its edges: events also into the record, workers stopped whatever happens."""
@@ -127,7 +138,9 @@ def _carry_out(
         if isinstance(event, WorkerLost):
             store.append_event("worker_lost", **asdict(event))
         on_event(event)
+        whole_models(event)
 
+    whole_models = WholeModels(settings, store, on_event, measure_whole)
     stored = len(store.evaluations())
     store.append_event("session", process=os.getpid(), stored=stored, workers=settings.worker_count())
     tell(RunStarted(run.path, settings, stored, planned(settings)))

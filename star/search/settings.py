@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from star.config import ModelConfig
+from star.measure.settings import MeasureSettings
 from star.pools import Pool
+from star.profile.table import ProfileTable
 from star.proxy import ProxySettings
 from star.search.algorithms import require_algorithm
-from star.search.objectives import require_objectives
+from star.search.budgets import require_budgets
+from star.search.objectives import Objective, measured, require_objectives
 from star.tasks import open_task
 
 __all__ = ["ENGINES", "EXECUTION", "PRESETS", "DataSettings", "RecallSettings", "SearchSettings", "preset"]
 
 ENGINES = ("local", "ray")
+SURVIVALS = ("crowding", "hv")
 # What may change when a run is resumed: how it is carried out, not what it finds.
 EXECUTION = ("workers", "engine")
 
@@ -95,10 +99,14 @@ class SearchSettings:
     """A search: what is looked for, where, how long, and by how many processes.
 
     Attributes:
-        objectives: names of star.search.objectives, all minimised.
+        objectives: names of star.search.objectives.
+        budgets: limits of such names, in their units; who exceeds one is kept off the front
+            (star.search.budgets).
         population: survivors of a generation, and offspring of one.
         generations: the first, drawn at random, among them: population x generations candidates in all.
         algorithm: of star.search.algorithms; who proposes candidates and who survives.
+        survival: what NSGA-II chooses survivors by, beside dominance: "crowding", or "hv" for hypervolume
+            improvement (star.search.survival).
         depth: LIVs of a backbone.
         pool: the options of each position of a gene.
         seed: of every draw that the search makes; the proxy has its own.
@@ -113,6 +121,9 @@ class SearchSettings:
         proxy: the training that stands for a full one.
         data: the text.
         recall: how the objective of that name is measured.
+        measure: how objectives and budgets of a device are measured.
+        profile: the table of the device that they are predicted from. The search measures it when it begins,
+            if they are among its objectives and budgets.
         workers: processes; None for as many as the cores can serve with `proxy.threads` (None: 1) each.
         engine: "local" processes, or "ray".
 
@@ -121,9 +132,11 @@ class SearchSettings:
     """
 
     objectives: tuple[str, ...] = ("quality", "size")
+    budgets: Mapping[str, float] = field(default_factory=dict)
     population: int = 16
     generations: int = 18
     algorithm: str = "nsga2"
+    survival: str = "crowding"
     depth: int = 24
     pool: Pool = field(default_factory=Pool)
     seed: int = 0
@@ -138,12 +151,19 @@ class SearchSettings:
     proxy: ProxySettings = field(default_factory=ProxySettings)
     data: DataSettings = field(default_factory=DataSettings)
     recall: RecallSettings = field(default_factory=RecallSettings)
+    measure: MeasureSettings = field(default_factory=MeasureSettings)
+    profile: ProfileTable | None = None
     workers: int | None = None
     engine: str = "local"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "objectives", require_objectives(self.objectives))
+        object.__setattr__(self, "budgets", require_budgets(self.budgets))
         require_algorithm(self.algorithm)
+        if self.survival not in SURVIVALS:
+            raise ValueError(f"survival is {self.survival!r}, takes {' or '.join(SURVIVALS)}")
+        if self.survival != "crowding" and self.algorithm != "nsga2":
+            raise ValueError(f"survival {self.survival!r} is of the algorithm nsga2, not of {self.algorithm}")
         _require_integer("population", self.population, at_least=2, at_most=10_000)
         _require_integer("generations", self.generations, at_least=1, at_most=1_000_000)
         _require_integer("depth", self.depth, at_least=1, at_most=1_000)
@@ -165,6 +185,15 @@ class SearchSettings:
         """Candidates that the generations ask for (references not counted)."""
         return self.population * self.generations
 
+    def measured(self) -> tuple[Objective, ...]:
+        """What is measured of every candidate: what is searched for, what has a budget, and what costs
+        nothing."""
+        return measured([*self.objectives, *self.budgets])
+
+    def of_device(self) -> list[str]:
+        """Names of the objectives and budgets that a device's table is needed for."""
+        return [item.name for item in self.measured() if item.device]
+
     def worker_count(self) -> int:
         """`workers`, or as many as the cores that this process may use can serve."""
         if self.workers is not None:
@@ -178,11 +207,14 @@ class SearchSettings:
         return {
             **{item.name: getattr(self, item.name) for item in dataclasses.fields(self)},
             "objectives": list(self.objectives),
+            "budgets": dict(self.budgets),
             "pool": self.pool.to_json(),
             "model": self.model.to_json(),
             "proxy": self.proxy.to_json(),
             "data": {**dataclasses.asdict(self.data), "source": list(self.data.source)},
             "recall": dataclasses.asdict(self.recall),
+            "measure": self.measure.to_json(),
+            "profile": None if self.profile is None else self.profile.to_json(),
         }
 
     def identity(self) -> dict[str, Any]:
@@ -208,6 +240,8 @@ class SearchSettings:
             "proxy": ProxySettings.from_json,
             "data": _data,
             "recall": lambda value: RecallSettings(**value),
+            "measure": MeasureSettings.from_json,
+            "profile": lambda value: None if value is None else ProfileTable.from_json(value),
         }
         try:
             parts: dict[str, Any] = {

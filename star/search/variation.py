@@ -204,8 +204,8 @@ def tournament(
 ) -> npt.NDArray[np.int64]:
     """NSGA-II's comparison among any number of contenders.
 
-    The better front wins, then the less crowded place; failed candidates lose to all others; what remains
-    equal is decided by chance.
+    The better front wins, then the less crowded place; candidates over a budget lose to those within, and
+    failed ones to all others; what remains equal is decided by chance.
 
     Args:
         contenders: (tournaments, k), indices into the population.
@@ -223,8 +223,8 @@ def tournament(
 
 
 def _standing(individual: Any) -> tuple[int, int, float]:
-    if individual.CV[0] > 0.0:
-        return (1, 0, 0.0)
+    if individual.CV[0] > 0.0:  # the closer to its budgets the better; failures are all equal
+        return (1, 0, float(individual.CV[0]))
     return (0, int(individual.get("rank")), -float(individual.get("crowding")))
 
 

@@ -1,0 +1,143 @@
+"""Budgets: limits that a candidate must keep, such as 200 ms to the first token. They are constraints and no
+objectives: within them nothing is gained by using less, and whoever exceeds one is kept off the front.
+
+A budget limits a quantity from its worse side: of a quantity of which less is better it is the most, of one
+of which more is better (`prefill`) the least.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from star.search.objectives import Objective, find, known_names
+
+if TYPE_CHECKING:
+    from star.search.store import Evaluation
+
+__all__ = [
+    "FAILED",
+    "excess",
+    "is_over_budget",
+    "judged",
+    "parse_budgets",
+    "require_budgets",
+    "violation",
+]
+
+FAILED = 1e6
+"""The violation of a candidate that failed; far more than that of any budget."""
+
+_OVER = "over budget: "
+_AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+)\s*([^\s0-9]*)\s*")
+_COUNTS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_UNITS: dict[str, dict[str, float]] = {
+    "milliseconds": {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3},
+    "bytes": {
+        **{"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12},
+        **{"KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40},
+    },
+    "percent": {"": 1.0, "%": 0.01},
+    "decimal": {"": 1.0},
+    "count": _COUNTS,
+    "rate": {**_COUNTS, **{f"{prefix}tokens/s": factor for prefix, factor in _COUNTS.items()}},
+}
+
+
+def parse_budgets(most: Iterable[str], least: Iterable[str] = ()) -> dict[str, float]:
+    """Budgets as people write them, "ttft=200ms" and "cache=40MB", in the objectives' own units.
+
+    Args:
+        most: limits that must not be exceeded.
+        least: limits that must be reached.
+
+    Raises:
+        ValueError: an unknown quantity, a wrong unit, the wrong side, or one named twice; one line.
+    """
+    budgets: dict[str, float] = {}
+    for option, texts in (("--max", most), ("--min", least)):
+        for text in texts:
+            name, sign, amount = (part.strip() for part in text.partition("="))
+            if not sign:
+                raise ValueError(f"{option} is {text!r}, takes NAME=LIMIT, like ttft=200ms or cache=40MB")
+            objective = find(name)
+            if objective is None:
+                raise ValueError(f"{option} has {name!r}, takes one of {known_names()}")
+            if (option == "--min") != objective.maximised:
+                other, side = ("--min", "more") if objective.maximised else ("--max", "less")
+                raise ValueError(f"{option} {text}: {side} {name} is better, so its budget is a {other}")
+            if name in budgets:
+                raise ValueError(f"{option} has {name} twice, takes each quantity once")
+            budgets[name] = _amount(option, text, objective, amount)
+    return budgets
+
+
+def require_budgets(budgets: Any) -> dict[str, float]:
+    """Budgets in the objectives' own units, checked.
+
+    Raises:
+        ValueError: an unknown quantity, or no positive number.
+    """
+    if not isinstance(budgets, Mapping):
+        raise ValueError(f"budgets are {budgets!r}, take names with limits")
+    for name, limit in budgets.items():
+        if not isinstance(name, str) or find(name) is None:
+            raise ValueError(f"budgets has {name!r}, takes one of {known_names()}")
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < math.inf:
+            raise ValueError(f"budget of {name} is {limit!r}, takes a number above 0")
+    return {name: float(limit) for name, limit in budgets.items()}
+
+
+def excess(name: str, value: float, limit: float) -> float:
+    """How far a value is beyond its limit, relative to the limit; 0 or less within it."""
+    objective = find(name)
+    beyond = value - limit
+    return (-beyond if objective is not None and objective.maximised else beyond) / limit
+
+
+def violation(values: Mapping[str, float], budgets: Mapping[str, float]) -> float:
+    """0 within all budgets; otherwise the sum of the excesses, each bounded by 1 so that no budget hides
+    another. A missing value counts as 1."""
+    total = 0.0
+    for name, limit in budgets.items():
+        beyond = excess(name, values[name], limit) if name in values else math.inf
+        if beyond > 0:
+            total += 1.0 if math.isinf(beyond) else beyond / (1 + beyond)
+    return total
+
+
+def judged(evaluations: Iterable[Evaluation], budgets: Mapping[str, float]) -> list[Evaluation]:
+    """The evaluations, with those over a budget as failed, with their values: that keeps them off fronts and
+    out of volumes."""
+    return [_judge(evaluation, budgets) for evaluation in evaluations] if budgets else list(evaluations)
+
+
+def is_over_budget(evaluation: Evaluation) -> bool:
+    """Whether `judged` has made a failure of a candidate that did not fail."""
+    return not evaluation.ok and (evaluation.reason or "").startswith(_OVER)
+
+
+def _judge(evaluation: Evaluation, budgets: Mapping[str, float]) -> Evaluation:
+    if not evaluation.ok:
+        return evaluation
+    over = [name for name in budgets if violation(evaluation.objectives, {name: budgets[name]}) > 0]
+    return replace(evaluation, status="failed", reason=_OVER + ", ".join(over)) if over else evaluation
+
+
+def _amount(option: str, text: str, objective: Objective, amount: str) -> float:
+    units = _UNITS[objective.form]
+    named = [unit for unit in units if unit]
+    takes = " or ".join(filter(None, ["a plain number" if "" in units else "", ", ".join(named)]))
+    found = _AMOUNT.fullmatch(amount)
+    if found is None:
+        raise ValueError(f"{option} {text}: {amount!r} is no amount, takes a number with {takes}")
+    number, unit = float(found[1]), found[2]
+    if unit not in units:
+        said = f"unit {unit!r} does not fit {objective.name}" if unit else f"{objective.name} has no unit"
+        raise ValueError(f"{option} {text}: {said}, takes {takes}")
+    if not 0 < number * units[unit] < math.inf:
+        raise ValueError(f"{option} {text}: a limit must be more than 0")
+    return number * units[unit]
