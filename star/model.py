@@ -160,6 +160,7 @@ class StarModel(nn.Module):
         seed: int | None = None,
         generator: torch.Generator | None = None,
         cache_dtype: torch.dtype | None = None,
+        cuda_graph: bool = False,
     ) -> Tensor:
         """Continues every row of `ids` by `max_new_tokens` tokens.
 
@@ -171,12 +172,14 @@ class StarModel(nn.Module):
             top_p: draw from the likeliest tokens that together have at least this probability.
             seed: of the draws; or `generator`, on the model's device. Neither: torch's global generator.
             cache_dtype: by default the weights'.
+            cuda_graph: replay one captured CUDA graph for every token after the prompt, which spares small
+                models most of their time (`star.decoding`). The graph is kept for calls of the same batch.
 
         Returns:
             (B, L + max_new_tokens): the prompts and what follows them.
 
         Raises:
-            ValueError: an argument out of its range.
+            ValueError: an argument out of its range, or no graph can be captured.
         """
         if ids.dim() != 2 or ids.shape[1] < 1:
             raise ValueError(f"generate: ids has shape {tuple(ids.shape)}; it takes (B, L) with L at least 1")
@@ -190,15 +193,30 @@ class StarModel(nn.Module):
         tokens = torch.cat([ids, ids.new_zeros(ids.shape[0], max_new_tokens)], dim=1)
         if max_new_tokens == 0:
             return tokens
-        memory = self.allocate_cache(ids.shape[0], start + max_new_tokens, cache_dtype)
-        new = ids
-        for place in range(start, start + max_new_tokens):
-            logits = F.linear(self.hidden(new, memory)[:, -1], self.head_weight)
-            tokens[:, place] = sample(
-                logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-            )
-            new = tokens[:, place : place + 1]
+        with self._decoding(len(ids), start + max_new_tokens, cache_dtype, cuda_graph) as (memory, step):
+            hidden = self.hidden(ids, memory)
+            for place in range(start, start + max_new_tokens):
+                logits = F.linear(hidden[:, -1], self.head_weight)
+                tokens[:, place] = sample(
+                    logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+                )
+                if place + 1 < start + max_new_tokens:
+                    hidden = step(tokens[:, place : place + 1])
         return tokens
+
+    @contextlib.contextmanager
+    def _decoding(
+        self, batch: int, max_length: int, dtype: torch.dtype | None, cuda_graph: bool
+    ) -> Iterator[tuple[ModelCache, Callable[[Tensor], Tensor]]]:
+        """An empty cache, and what reads one more token of every row into it."""
+        if not cuda_graph:
+            memory = self.allocate_cache(batch, max_length, dtype)
+            yield memory, lambda token: self.hidden(token, memory)
+            return
+        from star.decoding import graph_step
+
+        with graph_step(self, batch, max_length, dtype) as step:
+            yield step.cache, lambda token: step(self, token)
 
 
 def build_model(

@@ -45,8 +45,9 @@ class LayerCache:
         max_length: tokens there is room for.
         aliased: names of the tensors that belong to another layer's cache, which writes them.
         position: tokens read so far.
-        derived: tensors computed once from the layer's weights (the kernel of a long convolution); no memory
-            of the tokens, so not part of :attr:`nbytes`. A cache is of no use after its weights have changed.
+        derived: tensors computed once from the layer's weights (the kernel of a long convolution) or from
+            nothing (rotary tables); no memory of the tokens, so not part of :attr:`nbytes`. A cache is of no
+            use after its weights have changed.
         lengths: where single tokens go behind each row's own last one: tokens read by every row, (B,) int64
             on the device, the very tensor of :attr:`ModelCache.lengths`. None: all rows are at ``position``.
     """
@@ -202,14 +203,23 @@ class ModelCache:
         are of no meaning.
 
         Args:
-            lengths: (B,) int64 on the cache's device, tokens read by every row; advanced in place.
+            lengths: (B,) int64 on the cache's device, tokens read by every row; copied.
             longest: the largest of them.
             ragged: whether they may differ.
         """
-        self.lengths, self.ragged = lengths, ragged
+        if self.lengths is None:
+            self.lengths = lengths.clone()
+        else:
+            self.lengths.copy_(lengths)  # in place: a captured graph reads this very tensor
+        self.ragged = ragged
         for layer in self.layers:
-            layer.lengths = lengths
+            layer.lengths = self.lengths
             layer.position = longest
+
+    def skip(self, length: int) -> None:
+        """Counts tokens on the host that a replayed graph has read."""
+        for layer in self.layers:
+            layer.position += length
 
     def put_rows(self, rows: Tensor, source: ModelCache) -> None:
         """Rows ``rows`` (N,) int64 become those of ``source``, a cache of the same model with N rows and at

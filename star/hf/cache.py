@@ -6,12 +6,14 @@ and decode side by side afterwards, each at its own place. So padding is never r
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from star.decoding import GraphStep, give_back, take
 from star.hf.padding import first_tokens
 from star_kernels.cache import ModelCache
 
@@ -28,15 +30,18 @@ class StarCache(Cache):
 
     Args:
         max_length: tokens there shall be room for at once; it grows where more are read.
+        cuda_graph: replay a captured CUDA graph for single tokens (`star.decoding`).
 
     Attributes:
         memory: the layers' caches; None before the first call.
         columns: tokens read, those of the padding included.
     """
 
-    def __init__(self, max_length: int = 0) -> None:
+    def __init__(self, max_length: int = 0, *, cuda_graph: bool = False) -> None:
         super().__init__(layers=[])
         self.room = max_length
+        self.cuda_graph = cuda_graph
+        self.step: GraphStep | None = None
         self.memory: ModelCache | None = None
         self.columns = 0
 
@@ -58,7 +63,7 @@ class StarCache(Cache):
         if mask is not None and not bool((mask[:, -1] != 0).all()):
             raise ValueError("attention_mask ends with padding; with a cache it takes padding in front only")
         if self.memory is None or self.memory.max_length < length:
-            self.memory = model.allocate_cache(batch, max(self.room, length, _LEAST_ROOM))
+            self.memory = self._allocate(model, batch, max(self.room, length, _LEAST_ROOM))
         self._require_batch(self.memory, ids)
         self.columns = length
         if starts is None:
@@ -72,9 +77,31 @@ class StarCache(Cache):
         if mask is not None and length > 1 and not bool((mask[:, -length:] != 0).all()):
             raise ValueError("attention_mask has padding behind tokens that were read; it takes none there")
         if memory.position + length > memory.max_length:
-            memory = self.memory = _with_room(model, memory, 2 * (memory.position + length))
+            memory = self.memory = self._larger(model, memory, 2 * (memory.position + length))
         self.columns += length
+        if length == 1 and self.step is not None and self.step.cache is memory:
+            return self.step(model, ids)
         return model.hidden(ids, memory)
+
+    def _allocate(self, model: StarModel, batch: int, max_length: int) -> ModelCache:
+        """An empty memory: where a graph is wanted its own, which is given back when this cache goes."""
+        if not self.cuda_graph:
+            return model.allocate_cache(batch, max_length)
+        self.step = take(model, batch, max_length)
+        weakref.finalize(self, _give_back, weakref.ref(model), self.step)
+        return self.step.cache
+
+    def _larger(self, model: StarModel, memory: ModelCache, max_length: int) -> ModelCache:
+        """The same memory with room for more tokens."""
+        batch = _batch(memory) or 1
+        larger = self._allocate(model, batch, max_length)
+        larger.put_rows(torch.arange(batch, device=model.head_weight.device), memory)
+        for mine, theirs in zip(larger.layers, memory.layers, strict=True):
+            mine.position = theirs.position
+        lengths = memory.lengths if memory.lengths is not None else larger.lengths
+        if lengths is not None:
+            larger.track(lengths, longest=memory.position, ragged=memory.ragged)
+        return larger
 
     def _require_batch(self, memory: ModelCache, ids: Tensor) -> None:
         if (batch := _batch(memory)) is not None and batch != ids.shape[0]:
@@ -143,20 +170,9 @@ def _read_rows(model: StarModel, memory: ModelCache, ids: Tensor, starts: Tensor
     return states
 
 
-def _with_room(model: StarModel, memory: ModelCache, max_length: int) -> ModelCache:
-    """The same memory with room for more tokens."""
-    batch = _batch(memory)
-    tensors = [*memory.tensors()]
-    if batch is None:
-        larger = model.allocate_cache(1, max_length)
-    else:
-        larger = model.allocate_cache(batch, max_length)
-        larger.put_rows(torch.arange(batch, device=tensors[0].device), memory)
-    for mine, theirs in zip(larger.layers, memory.layers, strict=True):
-        mine.position = theirs.position
-    if memory.lengths is not None:
-        larger.track(memory.lengths, longest=memory.position, ragged=memory.ragged)
-    return larger
+def _give_back(model: weakref.ref[StarModel], step: GraphStep) -> None:
+    if (alive := model()) is not None:
+        give_back(alive, step)
 
 
 def _selected(memory: ModelCache, rows: Tensor) -> ModelCache:

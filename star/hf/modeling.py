@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from star.decoding import require_cuda
 from star.hf import loading
 from star.hf.cache import StarCache
 from star.hf.configuration import StarConfig
@@ -160,6 +161,22 @@ class StarForCausalLM(PreTrainedModel, GenerationMixin):
 
     # ---- generation ------------------------------------------------------------------------------------
 
+    def generate(self, *arguments: Any, cuda_graph: bool = False, **options: Any) -> Any:
+        """Token ids (or an output object); arguments as in transformers.
+
+        cuda_graph: replay one captured CUDA graph for every token after the prompt (`star.decoding`); for
+            every way of generating.
+
+        Raises:
+            ValueError: no graph can be captured; or an argument that transformers refuses.
+        """
+        if cuda_graph:
+            require_cuda(self.device)
+            if options.get("use_cache") is False or options.get("past_key_values") is not None:
+                raise ValueError("generate: cuda_graph takes neither use_cache=False nor past_key_values")
+            options["past_key_values"] = StarCache(cuda_graph=True)
+        return super().generate(*arguments, **options)  # type: ignore[misc]
+
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
@@ -198,8 +215,11 @@ class StarForCausalLM(PreTrainedModel, GenerationMixin):
                 f"generate: cache_implementation is {generation_config.cache_implementation!r}; "
                 "a StarForCausalLM takes none, since it has its own cache"
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+        given = model_kwargs.get("past_key_values")
+        if given is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = StarCache(max_cache_length)
+        elif isinstance(given, StarCache) and given.memory is None:
+            given.room = max(given.room, max_cache_length)
 
     @property
     def head_weight(self) -> Tensor:

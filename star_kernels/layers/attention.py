@@ -76,8 +76,10 @@ class AttentionFeaturizer(nn.Module):
         by_row = cache is not None and cache.goes_by_row(heads)
         if by_row:
             assert cache is not None
-            cos, sin = rotary_tables(0, cache.max_length, self.rotary_dim, self.rope_theta, heads.device)
-            cos, sin = cos[cache.lengths], sin[cache.lengths]
+            tables = rotary_tables(0, cache.max_length, self.rotary_dim, self.rope_theta, heads.device)
+            # Kept with the cache, since a captured graph reads these very tensors.
+            cos = cache.derive("cos", lambda: tables[0])[cache.lengths]
+            sin = cache.derive("sin", lambda: tables[1])[cache.lengths]
             heads = heads.transpose(0, 1)  # one token a row: rows with their places, as rope takes tokens
         else:
             start = 0 if cache is None else cache.position

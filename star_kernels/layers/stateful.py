@@ -82,14 +82,16 @@ def _gated_long_conv_by_row(
     y_t = Σ_s kernel_{t-s} ⊙ h_s for t = cache.lengths[row]: the kernel is read backwards from every row's
     place, and is zero for what lies behind it.
     """
-    cache.write(name, b * x)
+    product = b * x
+    cache.write(name, product)
     history = cache.tensors[name]
+    product = product.to(history.dtype).to(x.dtype)  # as the history holds it
     assert cache.lengths is not None
     lags = cache.lengths[:, None] - torch.arange(history.shape[1], device=x.device)
     taps = kernel.T[lags.clamp(0, kernel.shape[1] - 1)]
     known = (lags >= 0) & (lags < kernel.shape[1])
     sums = torch.where(known[..., None], taps * history.to(kernel.dtype), 0).sum(1, keepdim=True)
-    return c * (sums + skip * (b * x)).to(x.dtype)
+    return c * (sums + skip * product).to(x.dtype)
 
 
 def selective_scan(
