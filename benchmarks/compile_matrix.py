@@ -3,6 +3,9 @@
 Each kernel is compiled for the calls of `star.bench.gpu_cases`, and, with the configurations that ship, for
 every situation of the operator tests; on failure, on a spilled register in a configuration that sm_90 gets,
 or on more shared memory than a device has, the exit code is 1. The cache of Triton keeps what did not change.
+
+`--triton DIR` names another version of Triton (`pip install --no-deps --target DIR triton==...`), with which
+one call of each kernel is compiled as well, and the operator tests are run in its interpreter.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,10 +25,10 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks import situations
+from benchmarks import situations, triton_versions
 from star.bench.gpu_cases import gpu_cases
 from star_kernels import dispatch
-from star_kernels.launch import INTERPRETED, Configuration, Launch
+from star_kernels.launch import INTERPRETED, Configuration, Launch, tables
 from star_kernels.launch.offline import TARGETS, compile_launch
 
 RESULT = Path(__file__).parent / "results" / "compile.md"
@@ -74,16 +77,21 @@ def forms(operators: list[str] | None) -> dict[str, Any]:
 
 
 def jobs(operators: list[str] | None, *, one: bool) -> list[Job]:
-    """All of them, each once; with ``one``, the shipped configuration of one call of each kernel."""
+    """All of them, each once; with ``one``, the shipped configuration of one call of each kernel, and all
+    that the table of sm_90 has."""
     found: dict[Any, Job] = {}
     kernels: set[str] = set()
+    table = tables.table_of(TUNED_FOR)
     for launch, dtype, timed in _launches(operators, one):
-        if one and launch.kernel.name in kernels:
-            continue
-        kernels.add(launch.kernel.name)
-        everywhere = one or (timed and dtype == str(HALF))
-        for family in TARGETS if everywhere else FEATURE_TARGETS:
-            shipped = launch.kernel.configuration(family, launch.arguments)
+        name = launch.kernel.name
+        families: Iterable[str] = TARGETS if one or (timed and dtype == str(HALF)) else FEATURE_TARGETS
+        if one and name in kernels:
+            if not timed or launch.shape not in table.get(name, {}):
+                continue
+            families = (TUNED_FOR,)
+        kernels.add(name)
+        for family in families:
+            shipped = launch.kernel.shipped(family, launch.arguments)
             tried = [shipped]
             if timed and not one and family == TUNED_FOR and dtype == str(HALF):
                 tried += [other for other in launch.kernel.candidates if other != shipped]
@@ -100,6 +108,10 @@ def _launches(operators: list[str] | None, one: bool) -> Iterator[tuple[Launch, 
         for dtype in (HALF,) if one else (HALF, WIDE):
             for launch in situations.launches_of_case(case, dtype, by_name[case.operator]):
                 yield launch, str(dtype), True
+    for operator, arguments in situations.wide_calls(HALF):
+        if operator in by_name:
+            for launch in situations.launches_of_call(by_name[operator], arguments):
+                yield launch, str(HALF), False
     from tests.star_kernels.cases import Maker, all_cases
 
     for row in all_cases():
@@ -160,7 +172,7 @@ def compile_job(job: Job) -> Result:
     return Result(*described, used.registers, used.local, used.shared, used.seconds, problem)
 
 
-def document(results: Sequence[Result], seconds: float) -> str:
+def document(results: Sequence[Result], seconds: float, others: Sequence[triton_versions.Other] = ()) -> str:
     """One line a kernel, shape and configuration, the most that any variant of it takes; failures first."""
     failed = [result for result in results if result.problem and result.shipped]
     lines = [
@@ -173,11 +185,14 @@ def document(results: Sequence[Result], seconds: float) -> str:
         "memory a block, the most over all variants of the kernel (dtypes of weights, "
         "optional arguments, packed sequences). A shipped configuration is what a call gets where "
         "the user has no table; the others are what `star bench --tune` tries besides, compiled for "
-        f"{TUNED_FOR} alone.",
+        f"{TUNED_FOR} alone. What {TUNED_FOR} gets by `star_kernels/launch/tuned/{TUNED_FOR}.json` is "
+        f"{tables.source_of(TUNED_FOR)}.",
         "",
         f"Problems of shipped configurations: {len(failed)}.",
     ]
     lines += [f"- {r.kernel}, {r.shape}, {r.dtype}, {r.family}: {r.problem}" for r in failed]
+    if others:
+        lines += [*triton_versions.section(others), "", f"## Triton {triton.__version__}"]
     groups: dict[tuple[str, ...], list[Result]] = {}
     for r in results:
         sizes = ", ".join(f"{name} {value}" for name, value in r.configuration.items())
@@ -231,6 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--operator", action="append", help="only this one; may be repeated")
     parser.add_argument("--one", action="store_true", help="one call of each kernel: quick")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--triton", action="append", type=Path, default=[], help="folder of another version")
     given = parser.parse_args(arguments)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET=1 is set; the compiler needs a process without it")
@@ -239,7 +255,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--operator {sorted(unknown)[0]!r}: no operator with Triton kernels has this name")
     began = time.perf_counter()
     results = run(given.operator, one=given.one, workers=given.workers)
-    text = document(results, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    try:
+        others = [triton_versions.tried(directory, given.workers) for directory in given.triton]
+    except ValueError as error:
+        parser.error(str(error))
+    text = document(results, seconds, others)
     whole = not given.operator and not given.one
     out = given.out or (RESULT if whole else None)
     if out is None:
@@ -252,7 +273,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{len(results)} compilations, {len(bad)} shipped configurations with a problem", file=sys.stderr)
     for result in bad:
         print(f"  {result.kernel} ({result.shape}, {result.family}): {result.problem}", file=sys.stderr)
-    sys.exit(1 if bad else 0)
+    for other in others:
+        print(other.line(), *(f"  {problem}" for problem in other.problems), sep="\n", file=sys.stderr)
+    sys.exit(1 if bad or not all(other.well for other in others) else 0)
 
 
 if __name__ == "__main__":

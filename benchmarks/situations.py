@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,6 +31,39 @@ def launches_of_call(form: Callable[..., Any], arguments: Mapping[str, Any]) -> 
             for name, value in arguments.items()
         }
         return _recorded(lambda: form(**given))
+
+
+WIDE = (64, 128)
+"""Head widths of the timed calls, for which configurations ship of which the operator tests' small calls have
+nothing."""
+
+
+def wide_calls(dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Calls by keyword with heads of these widths, in the situations that change their kernels' code."""
+    offsets = torch.tensor([0, 100, 256], dtype=torch.int32)
+    kinds: tuple[dict[str, Any], ...] = ({}, {"window": 64}, {"cu_seqlens": offsets}, {"causal": False})
+    for width in WIDE:
+        for options in kinds:
+            unaligned = 0 if options else 1  # the first element after a 16-byte boundary: no TMA
+            q, v = (_heads(4, width, dtype, unaligned) for _ in range(2))
+            k = _heads(2, width, dtype, unaligned)
+            yield "attention", {"q": q, "k": k, "v": _heads(2, width, dtype, unaligned), **options}
+            if "cu_seqlens" not in options:  # it takes no packed sequences
+                pairs = {"q1": q, "k1": k, "q2": q, "k2": k}
+                v = _heads(2, width, dtype, unaligned)
+                yield "diff_attention", {**pairs, "v": v, "lam": torch.tensor(0.3), **options}
+        for packed in (None, offsets):
+            q, k = (_heads(2, width, dtype) for _ in range(2))
+            gates = {"log_decay": torch.empty(1, 256, 4), "cu_seqlens": packed}
+            matrix = {"q": q, "k": k, "v": _heads(4, width, dtype), **gates}
+            states = {"initial_state": torch.empty(1 if packed is None else 2, 4, width, width)}
+            yield "gated_linear_attention", {**matrix, **states}
+            yield "gated_delta_rule", {**matrix, **states, "beta": torch.empty(1, 256, 4, dtype=dtype)}
+
+
+def _heads(heads: int, width: int, dtype: torch.dtype, first: int = 0) -> Tensor:
+    rows = torch.empty(1, 256, heads, width + 8, dtype=dtype)[..., first : first + width]
+    return rows.requires_grad_()
 
 
 def _recorded(call: Callable[[], object]) -> list[Launch]:

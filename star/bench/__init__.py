@@ -181,6 +181,14 @@ def measure(
     with threads_set(threads):
         ours = _backend_calls(case, arguments, passes, compiled, backends)
         others, absent = _peer_calls(case, arguments, passes, peers)
+        if place.type == "cuda":
+            with torch.set_grad_enabled(passes != "forward"):
+                eager = {name: call for name, call in ours.items() if name != COMPILED}
+                absent |= _drop_failing(eager) | _drop_failing(others)
+            if not eager:
+                raise RuntimeError(next(absent[name] for name in ours if name in absent))
+            ours = {name: call for name, call in ours.items() if name not in absent}
+            backends = None if backends is None else tuple(name for name in backends if name in ours)
         with torch.no_grad():
             function = getattr(star_kernels, case.operator)
             named = None if backends is None else backends[0]
@@ -194,8 +202,6 @@ def measure(
                 if problem:
                     del ours[COMPILED]
                     absent[COMPILED] = problem
-            if place.type == "cuda":
-                absent |= _drop_failing(others)
             timings = interleaved({**ours, **others, **yardsticks}, seconds, place)
         used = torch.get_num_threads()
     return Measurement(
@@ -296,19 +302,19 @@ def _peer_calls(
     return calls, absent
 
 
-def _drop_failing(peers: dict[str, Callable[[], object]]) -> dict[str, str]:
-    """Takes out the peers that can't answer the call at all, and says why by name.
+def _drop_failing(calls: dict[str, Callable[[], object]]) -> dict[str, str]:
+    """Takes out the backends or peers that can't answer the call at all, and says why by name.
 
     For GPUs: on a CPU all of them are known to run, and some take minutes. A package of
     another version, a size that it does not take or too little memory must not end a run.
     """
     problems = {}
-    for name, call in list(peers.items()):
+    for name, call in list(calls.items()):
         try:
             call()
             torch.cuda.synchronize()
         except Exception as error:
-            del peers[name]
+            del calls[name]
             problems[name] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
     return problems
 

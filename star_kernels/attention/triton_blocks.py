@@ -282,7 +282,7 @@ def _demanding(arguments: dict[str, Any]) -> bool:
     """Whether a call takes more registers than its widths say: for a soft cap, or for rows that aren't read
     in 16 bytes at a time."""
     ragged = any(arguments[name] % 8 for name in ("DIM", "VALUE_DIM"))
-    return ragged or bool(arguments.get("CAPPED"))
+    return ragged or not arguments["ALIGNED"] or bool(arguments.get("CAPPED"))
 
 
 def label(arguments: dict[str, Any]) -> str:

@@ -312,7 +312,7 @@ _SAFE_QUERIES = {
 _SAFE_KEYS = {
     2: (
         (64, blocks_of(32, 64, 1, 4, 2)),
-        (128, blocks_of(16, 32, 1, 4, 2)),
+        (128, blocks_of(16, 32, 1, 8, 2)),
         (256, blocks_of(16, 16, 1, 4, 2)),
     ),
     4: ((64, blocks_of(16, 32, 1, 8, 2)), (128, blocks_of(16, 16, 1, 8, 2))),
@@ -354,6 +354,7 @@ KEY_GRADIENTS = Kernel(
         blocks_of(64, 128, 2, 8, 2),
         blocks_of(64, 64, 2, 8, 2),
         blocks_of(32, 64, 2, 4, 2),
+        blocks_of(16, 64, 2, 8, 2),
     ),
     shape=label,
     choose=by_width(_SAFE_KEYS),

@@ -87,8 +87,13 @@ class Kernel:
         """What a device without a tuned table gets."""
         return self.candidates[0] if self._choose is None else self._choose(arguments)
 
+    def shipped(self, family: str, arguments: dict[str, Any]) -> Configuration:
+        """What a call gets on this device family where the user has no table."""
+        found = tables.table_of(family).get(self.name, {}).get(self.shape(arguments))
+        return self.safe(arguments) if found is None else Configuration.from_json(found)
+
     def configuration(self, family: str, arguments: dict[str, Any]) -> Configuration:
-        """The tuned configuration of this device family, or the safe one."""
+        """What a call gets: of the user's table, the shipped one of this device family, or the safe one."""
         tuned = tables.lookup(family, self.name, self.shape(arguments))
         return self.safe(arguments) if tuned is None else Configuration.from_json(tuned)
 

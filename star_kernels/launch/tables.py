@@ -1,8 +1,12 @@
 """Tuned configurations: data files, one a device family, and the user's own over them.
 
-A table is JSON: ``{"device": ..., "configurations": {kernel: {shape: {block: size, "num_warps": n,
-"num_stages": n}}}}``. ``star bench --tune`` writes one. The file that the environment variable
-STAR_KERNELS_TABLE names is read before the shipped ones.
+A table is JSON: ``{"device": ..., "source": ..., "configurations": {kernel: {shape: {block: size,
+"num_warps": n, "num_stages": n}}}}``. ``star bench --tune`` writes one. The file that the environment
+variable STAR_KERNELS_TABLE names is read before the shipped ones.
+
+``source`` says where the configurations come from. "compiled, not timed": chosen from what the compiler says
+of them (registers, shared memory, and so how many blocks a multiprocessor holds), with the ``reasons`` beside
+them; nobody has timed them. "timed": the fastest of what ``star bench --tune`` tried on that device.
 """
 
 from __future__ import annotations
@@ -45,6 +49,12 @@ def table_of(family: str) -> dict[str, dict[str, dict[str, int]]]:
     """The shipped table of a device family; empty where none is shipped."""
     path = SHIPPED / f"{family}.json"
     return read(path) if path.exists() else {}
+
+
+def source_of(family: str) -> str:
+    """Where the configurations of a device family's shipped table come from; "" where none is shipped."""
+    path = SHIPPED / f"{family}.json"
+    return str(json.loads(path.read_text(encoding="utf-8"))["source"]) if path.exists() else ""
 
 
 @functools.cache

@@ -22,6 +22,7 @@ logits. Where one piece holds all of them, its logits stay for the second sweep.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -141,9 +142,28 @@ SCALE_KERNEL = Kernel(
 )
 
 
+@functools.cache
+def _sums_halves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this PyTorch multiplies matrices of halves into float32 here, as CUDA does since 2.8; ROCm and
+    old libraries may not. Tried once, on a tile of zeros."""
+    zeros = torch.zeros(16, 16, device=device, dtype=dtype)
+    try:
+        total = torch.mm(zeros, zeros, out_dtype=torch.float32)
+        torch.addmm(total, zeros, zeros, out_dtype=torch.float32, out=total)
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _takes_halves(a: Tensor) -> bool:
+    return a.is_cuda and a.dtype != torch.float32 and _sums_halves(a.device, a.dtype)
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a b in float32. Half-precision operands stay what they are, as the tensor cores take them."""
-    if a.is_cuda and a.dtype != torch.float32:
+    if isinstance(a, FakeTensor):  # not every torch's fakes know a product of two dtypes
+        return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
+    if _takes_halves(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
@@ -151,8 +171,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b; total is float32."""
     if isinstance(total, FakeTensor):
-        return  # before torch 2.14 fakes know no addmm of two dtypes; nothing is computed on them anyway
-    if a.is_cuda and a.dtype != torch.float32:
+        return  # nothing is computed on fakes
+    if _takes_halves(a):
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a.float(), b.float())

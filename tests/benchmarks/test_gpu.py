@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 OPERATORS = ("glu", "gated_long_conv", "gru_scan", "linear_cross_entropy")
+STEP = "linear_scan_step"
 
 
 def benchmark(*arguments: str, interpreted: bool = True) -> subprocess.CompletedProcess[str]:
@@ -23,16 +24,28 @@ def benchmark(*arguments: str, interpreted: bool = True) -> subprocess.Completed
 
 @pytest.mark.slow
 def test_the_whole_path_runs_in_the_interpreter(tmp_path: Path) -> None:
-    named = [word for operator in OPERATORS for word in ("--operator", operator)]
+    named = [word for operator in (*OPERATORS, STEP) for word in ("--operator", operator)]
     done = benchmark("--device", "cpu", "--quick", "--no-tests", "--out", str(tmp_path), *named)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "triton-s-interpreter.json").read_text())
     assert {measured["operator"] for measured in results["operators"]} == set(OPERATORS)
+    assert {step["operator"] for step in results["decode"]} == {STEP}
     assert results["failures"] == {}
     assert set(results["first_calls"]["warm"]) == set(OPERATORS)
     text = (tmp_path / "triton-s-interpreter.md").read_text()
     assert "nothing about speed" in text
     assert "665x reference" in text
+
+
+def test_a_run_without_time_says_so_and_writes_what_it_has(tmp_path: Path) -> None:
+    arguments = ("--device", "cpu", "--quick", "--no-tests", "--limit", "0", "--operator", "glu")
+    done = benchmark(*arguments, "--out", str(tmp_path))
+    assert done.returncode == 1, done.stderr
+    results = json.loads((tmp_path / "triton-s-interpreter.json").read_text())
+    assert results["operators"] == []
+    assert all("time of the whole run" in problem for problem in results["failures"].values())
+    assert len(results["failures"]) == 3  # forward, backward, first calls
+    assert "What failed" in (tmp_path / "triton-s-interpreter.md").read_text()
 
 
 @pytest.mark.parametrize(
