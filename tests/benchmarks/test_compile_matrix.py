@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 from star_kernels import dispatch
+from star_kernels.launch import tables
 
 OPERATORS = [name for name in dispatch.operators() if dispatch.form(name, "triton") is not None]
 
@@ -31,7 +32,32 @@ def test_every_kernel_compiles_for_every_target(operator: str, tmp_path: Path) -
     for result in results:
         by_kernel.setdefault(result["kernel"], set()).add(result["family"])
     assert by_kernel
+    # What the table of sm_90 has for these kernels is among it; a register spilled there makes the exit code 1.
+    compiled = {(result["kernel"], result["shape"]) for result in results if result["family"] == "sm_90"}
+    for kernel, shapes in tables.table_of("sm_90").items():
+        if kernel in by_kernel:
+            assert {(kernel, shape) for shape in shapes} <= compiled
     assert all(targets == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"} for targets in by_kernel.values())
+
+
+def test_another_triton_must_be_where_it_is_said_to_be(tmp_path: Path) -> None:
+    from benchmarks.triton_versions import tried
+
+    with pytest.raises(ValueError, match="no Triton is installed there"):
+        tried(tmp_path, 1)
+
+
+def test_other_versions_are_in_the_document() -> None:
+    from benchmarks.triton_versions import Other, section
+
+    well = Other("3.5.1", 10, (), "5 passed")
+    assert well.well
+    assert not Other("3.5.1", 10, (), "1 failed, 4 passed").well
+    spilled = Other("3.9.0", 10, ("glu_forward, any, sm_90: 8 bytes of local memory a thread",), "5 passed")
+    assert not spilled.well
+    text = "\n".join(section([well, spilled]))
+    assert "| 3.5.1 | 10 | 0 | 5 passed |" in text
+    assert "- 3.9.0: glu_forward" in text
 
 
 def test_an_unknown_operator_is_named(tmp_path: Path) -> None:

@@ -70,15 +70,38 @@ def test_a_damaged_table_is_named(tmp_path: Path, content: str | None, words: st
     assert str(path) in str(raised.value)
 
 
-def test_shipped_tables_name_kernels_and_blocks_that_exist() -> None:
+SHIPPED = sorted(path.stem for path in tables.SHIPPED.glob("*.json"))
+
+
+@pytest.mark.parametrize("family", SHIPPED)
+def test_shipped_tables_name_kernels_and_configurations_that_tuning_tries(family: str) -> None:
     known = kernels()
-    for path in tables.SHIPPED.glob("*.json"):
-        for name, shapes in tables.read(path).items():
-            assert name in known, f"{path.name}: {name}"
-            for values in shapes.values():
-                assert (
-                    Configuration.from_json(values).blocks.keys() == known[name].candidates[0].blocks.keys()
-                )
+    for name, shapes in tables.table_of(family).items():
+        assert name in known, f"{family}: {name}"
+        for shape, values in shapes.items():
+            chosen = Configuration.from_json(values)
+            assert chosen in known[name].candidates, f"{family}: {name}, {shape}"
+
+
+@pytest.mark.parametrize("family", SHIPPED)
+def test_shipped_tables_say_where_they_come_from(family: str) -> None:
+    assert tables.source_of(family) in ("timed", "compiled, not timed")
+    if tables.source_of(family) != "timed":
+        content = json.loads((tables.SHIPPED / f"{family}.json").read_text())
+        assert content["reasons"].keys() == content["configurations"].keys()
+
+
+def test_hopper_gets_what_ships_for_it_and_others_the_safe_choice() -> None:
+    kernel, shape = kernels()["glu_forward"], "any"
+    arguments = {"ROWS": 1}
+    assert kernel.shape(arguments) == shape
+    assert kernel.shipped("sm_90", arguments) == kernel.safe(arguments)  # the table has nothing for it
+    wide = kernels()["attention_forward"]
+    head = {"WIDTH": 128, "VALUE_WIDTH": 128, "DIM": 128, "VALUE_DIM": 128, "ALIGNED": True}
+    call = {**head, "v": torch.empty(1, dtype=torch.bfloat16), "CAPPED": False}
+    assert wide.shipped("sm_90", call) != wide.safe(call)
+    assert wide.shipped("sm_80", call) == wide.safe(call)
+    assert wide.shipped("sm_90", {**call, "ALIGNED": False}) == wide.safe({**call, "ALIGNED": False})
 
 
 def test_launches_on_fake_tensors_are_recorded_and_not_run() -> None:
