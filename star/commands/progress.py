@@ -21,6 +21,7 @@ from star.search.events import (
     CandidateFinished,
     CandidateStarted,
     CorpusOpened,
+    DeviceMeasured,
     Event,
     GenerationFinished,
     GenerationStarted,
@@ -95,6 +96,8 @@ class SearchProgress:
             if event.stored:  # a resumed run: what is there already is not told again
                 with RunStore.open(event.directory) as store:
                     self._evaluations = {item.id: item for item in store.evaluations()}
+        elif isinstance(event, DeviceMeasured):
+            self._note = f"measuring {event.what}"
         elif isinstance(event, GenerationStarted):
             self._generation, self._note = event.generation, ""
         elif isinstance(event, CandidateStarted):
@@ -122,6 +125,8 @@ class SearchProgress:
             )
         if isinstance(event, CorpusOpened):
             return f"Text: {event.name} ({event.content_hash[:12]})"
+        if isinstance(event, DeviceMeasured):
+            return f"Measuring {event.what}"
         if isinstance(event, CandidateFinished):
             return f"{event.finished}/{event.planned}  {self._describe(event.evaluation)}"
         if isinstance(event, WorkerLost):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _TEXT = "Text"
 _SEARCH = "Search (as the preset says, where not given)"
 _PROXY = "Training of each candidate (as the preset says)"
+_DEVICE = "The device that the models are for, measured at their target size"
 _DEFAULT_PRESET = "demo"
 _LARGEST_CLASS = 99
 
@@ -43,7 +44,10 @@ def search(
     text_column: Annotated[str | None, _preset("Column of a table that holds the text.", _TEXT)] = None,
     tokenizer: Annotated[str | None, _preset("A tokenizers JSON file; bytes by default.", _TEXT)] = None,
     objectives: Annotated[
-        str | None, _preset("quality, size, cache, flops: one or more, with commas.", _SEARCH)
+        str | None, _preset("quality, size, cache, flops, recall: with commas.", _SEARCH)
+    ] = None,
+    algorithm: Annotated[
+        str | None, _preset("nsga2, ga, regularised, random or parameters.", _SEARCH)
     ] = None,
     depth: Annotated[int | None, _preset("LIVs of a backbone.", _SEARCH)] = None,
     width: Annotated[int | None, _preset("Model width.", _SEARCH)] = None,
@@ -53,6 +57,9 @@ def search(
     generations: Annotated[int | None, _preset("Generations with the first, random one.", _SEARCH)] = None,
     mutation_rate: Annotated[float | None, _preset("Chance that a position changes.", _SEARCH)] = None,
     tournament: Annotated[int | None, _preset("Contenders for each parent.", _SEARCH)] = None,
+    survival: Annotated[
+        str | None, _preset("crowding, or hv: hypervolume improvement.", _SEARCH, metavar="RULE")
+    ] = None,
     seed: Annotated[int | None, _preset("Of every draw.", _SEARCH)] = None,
     seed_baselines: Annotated[
         bool | None,
@@ -67,6 +74,18 @@ def search(
     learning_rate: Annotated[float | None, _preset("Peak learning rate.", _PROXY)] = None,
     device: Annotated[str | None, _preset("auto, cpu, cuda or cuda:N.", _PROXY)] = None,
     dtype: Annotated[str | None, _preset("auto, float32 or bfloat16.", _PROXY)] = None,
+    most: Annotated[
+        list[str] | None, _preset("Budget, like ttft=200ms or cache=40MB; repeatable.", _DEVICE, "--max")
+    ] = None,
+    least: Annotated[list[str] | None, _preset("Likewise, prefill=500tokens/s.", _DEVICE, "--min")] = None,
+    context: Annotated[
+        str | None, _preset("Tokens, like 4096,32768 (the CPU's default is 4096).", _DEVICE)
+    ] = None,
+    target_width: Annotated[int | None, _preset("Width that is measured; 768.", _DEVICE)] = None,
+    target_head_dim: Annotated[int | None, _preset("Its heads' width; 64.", _DEVICE)] = None,
+    target_dtype: Annotated[str | None, _preset("auto, float32, bfloat16, float16.", _DEVICE)] = None,
+    target_device: Annotated[str | None, _preset("auto, cpu, cuda or cuda:N.", _DEVICE)] = None,
+    profile: Annotated[Path | None, _preset("A table that star profile --out has written.", _DEVICE)] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; one a core by default.")] = None,
     engine: Annotated[str | None, typer.Option(help="local or ray.")] = None,
     no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.")] = False,
@@ -77,18 +96,24 @@ def search(
     [dim]star search --data my-texts/ --objectives quality,cache --preset laptop[/dim]
     """
     with reported():
+        from star.profile import read_table
         from star.search import search as begin_search
+        from star.search.budgets import parse_budgets
 
         settings = _settings(
             preset,
             changes={
                 "objectives": None if objectives is None else _names(objectives),
                 "pool": None if classes is None else _pool(classes),
+                "algorithm": algorithm,
                 "depth": depth,
                 "population": population,
                 "generations": generations,
                 "mutation_rate": mutation_rate,
                 "tournament": tournament,
+                "survival": survival,
+                "budgets": parse_budgets(most or (), least or ()) or None,
+                "profile": None if profile is None else read_table(profile),
                 "seed": seed,
                 "seed_baselines": seed_baselines,
                 "references": references,
@@ -103,6 +128,13 @@ def search(
                 "learning_rate": learning_rate,
                 "device": device,
                 "dtype": dtype,
+            },
+            measure={
+                "width": target_width,
+                "head_dim": target_head_dim,
+                "dtype": target_dtype,
+                "device": target_device,
+                "contexts": None if context is None else contexts(context),
             },
             data={
                 "source": tuple(data) if data else None,
@@ -186,6 +218,7 @@ def _settings(
     changes: dict[str, Any],
     model: dict[str, Any],
     proxy: dict[str, Any],
+    measure: dict[str, Any],
     data: dict[str, Any],
 ) -> SearchSettings:
     """The preset with what the options say; None leaves a setting alone."""
@@ -193,9 +226,13 @@ def _settings(
     from star.targets import model_config
 
     settings = preset(preset_name)
+    table = changes["profile"]
+    # What is not asked for otherwise is as in the table that is given.
+    measured = settings.measure if table is None else table.settings
     return replace(
         settings,
         **_given(changes),
+        measure=replace(measured, **_given(measure)),
         model=model_config(**model, base=settings.model),
         proxy=_proxy(settings, _given(proxy)),
         data=replace(settings.data, **_given(data)),
@@ -212,6 +249,14 @@ def _proxy(settings: SearchSettings, given: dict[str, Any]) -> Any:
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def contexts(text: str) -> tuple[int, ...]:
+    """Numbers of tokens, with commas."""
+    parts = _names(text)
+    if not parts or not all(part.isascii() and part.isdecimal() for part in parts):
+        raise ValueError(f"context is {text!r}, takes numbers of tokens with commas, like 4096,32768")
+    return tuple(int(part) for part in parts)
 
 
 def _names(text: str) -> tuple[str, ...]:

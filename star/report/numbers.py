@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from star.search.objectives import OBJECTIVES
+from star.search.objectives import OBJECTIVES, find
 
 if TYPE_CHECKING:
     from star.search.store import Evaluation
@@ -17,20 +17,25 @@ _DECIMAL = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 def title(objective: str) -> str:
     """An objective's name as the head of a column."""
-    return OBJECTIVES[objective].title if objective in OBJECTIVES else objective
+    found = find(objective)
+    return objective if found is None else found.title
 
 
 def axis(objective: str) -> str:
     """An objective with its unit, for an axis."""
-    return OBJECTIVES[objective].axis if objective in OBJECTIVES else objective
+    found = find(objective)
+    return objective if found is None else found.axis
 
 
 def measured_objectives(evaluations: Iterable[Evaluation], searched: Sequence[str]) -> list[str]:
     """The searched objectives, then the others of ours that every successful evaluation has."""
     successes = [evaluation.objectives for evaluation in evaluations if evaluation.ok]
+    known = dict.fromkeys(
+        [*OBJECTIVES, *(name for name in (successes[0] if successes else ()) if find(name))]
+    )
     others = [
         name
-        for name in OBJECTIVES
+        for name in known
         if name not in searched and successes and all(name in measured for measured in successes)
     ]
     return [*searched, *others]
@@ -40,13 +45,18 @@ def value(objective: str, number: float | None) -> str:
     """A measured value with its unit: "3.2140", "1.20 M", "151 MB", "2.4 G", "12.5 %"; "–" for None."""
     if number is None:
         return "–"
-    form = OBJECTIVES[objective].form if objective in OBJECTIVES else "count"
+    found = find(objective)
+    form = "count" if found is None else found.form
     if form == "decimal":
         return f"{number:.4f}"
     if form == "percent":
         return f"{100 * number:.1f} %"
     if form == "bytes":
         return f"{_scaled(number)}B"
+    if form == "milliseconds":
+        return f"{number / 1e3:.3g} s" if number >= 1e4 else f"{number:.3g} ms"
+    if form == "rate":
+        return f"{_scaled(number)}tokens/s"
     return _scaled(number).rstrip()
 
 
