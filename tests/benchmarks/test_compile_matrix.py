@@ -32,7 +32,7 @@ def test_every_kernel_compiles_for_every_target(operator: str, tmp_path: Path) -
     for result in results:
         by_kernel.setdefault(result["kernel"], set()).add(result["family"])
     assert by_kernel
-    # What the table of sm_90 has for these kernels is among it; a register spilled there is an exit code of 1.
+    # All that the table of sm_90 has for these kernels is among it; a spilled register ends with code 1.
     compiled = {(result["kernel"], result["shape"]) for result in results if result["family"] == "sm_90"}
     for kernel, shapes in tables.table_of("sm_90").items():
         if kernel in by_kernel:
