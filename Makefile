@@ -37,9 +37,14 @@ bench-cpu: $(VENV)/.peers build
 bench-gpu: $(VENV)/.dev build
 	$(BIN)/python -m benchmarks.gpu $(BENCH)
 
-# Remakes benchmarks/results/compile.md: every Triton kernel for every kind of GPU, without one.
-compile-matrix: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.compile_matrix --workers $(TEST_WORKERS)
+# Remakes benchmarks/results/compile.md: every Triton kernel for every kind of GPU, without one; and with the oldest
+# and the newest Triton that are supported, which lie in folders of their own.
+TRITONS ?= 3.5.1 3.9.0
+$(VENV)/triton-%: | $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$*
+
+compile-matrix: $(VENV)/.dev $(TRITONS:%=$(VENV)/triton-%)
+	$(BIN)/python -m benchmarks.compile_matrix --workers $(TEST_WORKERS) $(TRITONS:%=--triton $(VENV)/triton-%)
 
 # Remakes benchmarks/results/cuda_compile.md: registers and spills of the CUDA kernels, on a machine with nvcc.
 compile-cuda: build
