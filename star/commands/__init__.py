@@ -9,7 +9,20 @@ from typing import Annotated
 
 import typer
 
-from star.commands import bench, eval, export, generate, report, resume, search, show, train
+from star.commands import (
+    bench,
+    compare,
+    eval,
+    export,
+    generate,
+    profile,
+    report,
+    resume,
+    search,
+    show,
+    table,
+    train,
+)
 from star.commands.errors import StarGroup
 
 __all__ = ["app"]
@@ -51,4 +64,7 @@ app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.command("export")(export.export)
 app.command("eval")(eval.evaluate)
+app.command("table")(table.table)
+app.command("compare")(compare.compare)
+app.command("profile")(profile.profile)
 app.command("bench")(bench.bench)

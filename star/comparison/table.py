@@ -1,0 +1,348 @@
+"""A table of evaluated genomes: one Parquet or CSV file that grows with every run.
+
+One row a genome, seed and conditions. Columns:
+
+    genome       canonical genome
+    depth        its LIVs
+    conditions   hash of all that decides the values but the seed (model, proxy, text, recall task); values of
+                 different conditions must not be compared
+    seed         of weights and data order
+    origin       "random", "offspring", "baseline:NAME" or "reference:NAME"
+    status       "ok" or "failed"
+    reason       why it failed
+    seconds      of the evaluation, with all its trainings
+    NAME         one column an objective, empty where it was not measured: quality, size, cache, flops, …
+    curve        the learning curve as JSON, rows of (step, training, held-out or null) in bits per byte
+    settings     the conditions as JSON
+
+A table may come from someone else: everything that is read is checked.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from star.genome import Genome, GenomeError
+from star.search.errors import RunError
+from star.search.objectives import OBJECTIVES
+from star.search.settings import SearchSettings
+from star.search.store import Evaluation, RunStore, canonical_json
+
+__all__ = [
+    "Row",
+    "TableDamaged",
+    "conditions_of",
+    "extend",
+    "main_conditions",
+    "read",
+    "rows_of_run",
+    "write",
+]
+
+SUFFIXES = (".parquet", ".csv")
+FIXED = ("genome", "depth", "conditions", "seed", "origin", "status", "reason", "seconds")
+TEXTS = ("curve", "settings")
+_BYTES_AT_MOST = 1 << 30
+_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_")
+
+
+class TableDamaged(ValueError):
+    """A file is no table of evaluated genomes, or damaged; one line."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One evaluated genome; see the module."""
+
+    genome: str
+    conditions: str
+    seed: int
+    origin: str
+    status: str
+    reason: str
+    seconds: float
+    objectives: Mapping[str, float]
+    curve: tuple[Any, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+    @property
+    def identity(self) -> tuple[str, str, int]:
+        return self.genome, self.conditions, self.seed
+
+
+# ---- from runs -----------------------------------------------------------------------------------------
+
+
+def conditions_of(settings: SearchSettings, corpus_key: str) -> dict[str, Any]:
+    """What must be equal for two evaluations of a genome to be comparable, the seed apart."""
+    plain = settings.to_json()
+    proxy = {
+        name: value for name, value in plain["proxy"].items() if name not in ("seed", "threads", "device")
+    }
+    return {"model": plain["model"], "proxy": proxy, "recall": plain["recall"], "corpus": corpus_key}
+
+
+def rows_of_run(run: Path) -> list[Row]:
+    """The evaluations of a run, failed ones and references among them.
+
+    Raises:
+        RunError: there is no run, or it has evaluated nothing.
+        RunDamaged: its record is damaged.
+    """
+    with RunStore.open(run) as store:
+        evaluations, settings = store.evaluations(), store.settings()
+        data = store.facts().get("data")
+    if not evaluations:
+        raise RunError(f"{run} has evaluated no candidate yet: there is nothing to add to a table")
+    key = str(data.get("key")) if isinstance(data, dict) else ""
+    conditions = conditions_of(settings, key)
+    name = hashlib.sha256(canonical_json(conditions).encode()).hexdigest()[:12]
+    return [_row(item, name, conditions, settings.proxy.seed) for item in evaluations]
+
+
+def _row(item: Evaluation, name: str, conditions: Mapping[str, Any], seed: int) -> Row:
+    return Row(
+        genome=item.key,
+        conditions=name,
+        seed=seed,
+        origin=item.origin,
+        status=item.status,
+        reason=item.reason or "",
+        seconds=round(item.seconds, 3),
+        objectives=dict(item.objectives),
+        curve=item.curve,
+        settings=conditions,
+    )
+
+
+def extend(path: Path, rows: Iterable[Row]) -> tuple[list[Row], int]:
+    """Add rows to the table, which is made if it is missing. Rows that it holds already stay as they are, but
+    gain the objectives that they lack.
+
+    Returns:
+        all rows, and how many of them are new.
+
+    Raises:
+        TableDamaged: the file is no table.
+        OSError: it can not be written; it is then as it was.
+    """
+    require_suffix(path)
+    there = {row.identity: row for row in (read(path) if path.exists() else [])}
+    before = len(there)
+    for row in rows:
+        old = there.get(row.identity)
+        if old is None or (row.ok and not old.ok):
+            there[row.identity] = row
+        elif row.ok and not row.objectives.keys() <= old.objectives.keys():
+            merged = {**row.objectives, **old.objectives}
+            there[row.identity] = Row(**{**vars(old), "objectives": merged})
+    every = list(there.values())
+    write(path, every)
+    return every, len(every) - before
+
+
+def main_conditions(rows: Sequence[Row]) -> str:
+    """The conditions that most rows have; of equals, the first."""
+    return Counter(row.conditions for row in rows).most_common(1)[0][0]
+
+
+# ---- the file ------------------------------------------------------------------------------------------
+
+
+def columns_of(rows: Iterable[Row]) -> list[str]:
+    """Names of all columns: the fixed ones, the objectives that any row has, the long texts."""
+    found = {name for row in rows for name in row.objectives}
+    ordered = [name for name in OBJECTIVES if name in found] + sorted(found - OBJECTIVES.keys())
+    return [*FIXED, *ordered, *TEXTS]
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Write the table whole, or leave what is there. Equal rows give equal bytes.
+
+    Raises:
+        ValueError: the name ends in neither .parquet nor .csv.
+        OSError: it can not be written.
+    """
+    require_suffix(path)
+    columns = columns_of(rows)
+    plain = [_to_plain(row, columns) for row in rows]
+    data = _csv_bytes(columns, plain) if path.suffix == ".csv" else _parquet_bytes(columns, plain)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read(path: Path) -> list[Row]:
+    """All rows of a table.
+
+    Raises:
+        TableDamaged: the file is none, or damaged; the message names the row.
+        ValueError: there is no such file, or its name ends in neither .parquet nor .csv.
+    """
+    require_suffix(path)
+    if not path.is_file():
+        raise ValueError(f"table {path} does not exist")
+    if path.stat().st_size > _BYTES_AT_MOST:
+        raise TableDamaged(f"table {path} is larger than {_BYTES_AT_MOST} bytes")
+    plain = _read_csv(path) if path.suffix == ".csv" else _read_parquet(path)
+    rows = [_to_row(path, number, record) for number, record in enumerate(plain, start=1)]
+    seen: set[tuple[str, str, int]] = set()
+    for number, row in enumerate(rows, start=1):
+        if row.identity in seen:
+            raise TableDamaged(f"table {path} is damaged: row {number} repeats a genome, seed and conditions")
+        seen.add(row.identity)
+    return rows
+
+
+def require_suffix(path: Path) -> None:
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"table is {str(path)!r}, takes a name that ends in {' or '.join(SUFFIXES)}")
+
+
+def _to_plain(row: Row, columns: Sequence[str]) -> dict[str, Any]:
+    fixed = {
+        "genome": row.genome,
+        "depth": row.genome.count("-") + 1,
+        "conditions": row.conditions,
+        "seed": row.seed,
+        "origin": row.origin,
+        "status": row.status,
+        "reason": row.reason,
+        "seconds": row.seconds,
+        "curve": canonical_json(list(row.curve)),
+        "settings": canonical_json(dict(row.settings)),
+    }
+    objectives = {name: row.objectives.get(name) for name in columns if name not in fixed}
+    return {name: fixed[name] if name in fixed else objectives[name] for name in columns}
+
+
+def _to_row(path: Path, number: int, record: Mapping[str, Any]) -> Row:
+    where = f"table {path} is damaged: row {number}"
+    try:
+        genome = Genome.parse(record["genome"]).require_valid()
+        curve, settings = json.loads(record["curve"]), json.loads(record["settings"])
+        row = Row(
+            genome=record["genome"],
+            conditions=record["conditions"],
+            seed=int(record["seed"]),
+            origin=record["origin"],
+            status=record["status"],
+            reason=record["reason"],
+            seconds=_finite(record["seconds"]),
+            objectives={
+                name: _finite(value)
+                for name, value in record.items()
+                if name not in FIXED and name not in TEXTS and value not in (None, "")
+            },
+            curve=tuple(curve),
+            settings=settings,
+        )
+        if genome.key != row.genome or int(record["depth"]) != genome.depth:
+            raise ValueError("its genome is not in canonical form, or of another depth")
+        if row.status not in ("ok", "failed") or row.ok == (not row.objectives) or not row.conditions:
+            raise ValueError(f"its status {row.status!r} does not fit its values")
+        if not isinstance(curve, list) or not isinstance(settings, dict):
+            raise ValueError("its curve is no list or its settings are no object")
+    except (GenomeError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TableDamaged(f"{where}: {reason}") from error
+    return row
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ValueError(f"{value!r} is no finite number")
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
+
+
+def _check_columns(path: Path, names: Sequence[str]) -> None:
+    missing = [name for name in (*FIXED, *TEXTS) if name not in names]
+    if missing:
+        raise TableDamaged(f"table {path} is none of evaluated genomes: the column {missing[0]} is missing")
+    strange = [name for name in names if not set(name) <= _NAME_CHARACTERS or names.count(name) > 1]
+    if strange:
+        raise TableDamaged(f"table {path} is damaged: the column {strange[0][:40]!r} is none of a table")
+
+
+def _csv_bytes(columns: Sequence[str], plain: Sequence[Mapping[str, Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(plain)
+    return text.getvalue().encode()
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    csv.field_size_limit(1 << 24)
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            _check_columns(path, list(reader.fieldnames or ()))
+            rows = list(reader)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise TableDamaged(f"table {path} is damaged: {str(error).splitlines()[0]}") from error
+    for number, row in enumerate(rows, start=1):
+        if None in row or any(value is None for value in row.values()):
+            raise TableDamaged(f"table {path} is damaged: row {number} has not as many fields as columns")
+    return rows
+
+
+def _parquet_bytes(columns: Sequence[str], plain: Sequence[Mapping[str, Any]]) -> bytes:
+    import pyarrow
+    from pyarrow import parquet
+
+    kinds = {"depth": pyarrow.int32(), "seed": pyarrow.int64()}
+    texts = {"genome", "conditions", "origin", "status", "reason", *TEXTS}
+    schema = pyarrow.schema(
+        [
+            (name, kinds.get(name, pyarrow.string() if name in texts else pyarrow.float64()))
+            for name in columns
+        ]
+    )
+    table = pyarrow.Table.from_pylist(
+        [{name: _as(schema.field(name).type, value) for name, value in row.items()} for row in plain], schema
+    )
+    data = io.BytesIO()
+    parquet.write_table(table, data, compression="zstd")
+    return data.getvalue()
+
+
+def _as(kind: Any, value: Any) -> Any:
+    return float(value) if str(kind) == "double" and value is not None else value
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+        _check_columns(path, table.column_names)
+        rows: list[dict[str, Any]] = table.to_pylist()
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TableDamaged(f"table {path} is no Parquet file or damaged: {line}") from error
+    return rows
