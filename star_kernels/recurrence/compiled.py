@@ -218,7 +218,7 @@ register_autograd("selective_scan", _selective_scan_autograd, _selective_scan_se
 for _name, _function, _cuda in (
     ("linear_scan", linear_scan, False),
     ("linear_scan_step", linear_scan_step, True),
-    ("selective_scan", selective_scan, False),
+    ("selective_scan", selective_scan, True),
     ("selective_scan_step", selective_scan_step, True),
 ):
     dispatch.register_compiled(_name, _function, cuda=_cuda)
