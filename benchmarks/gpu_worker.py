@@ -86,7 +86,8 @@ class Worker:
         # A forked process could not use a GPU that this one has looked at.
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._settings), daemon=True)
+        # No daemon: torch.compile, which one of the peers needs, may start processes of its own.
+        self._process = context.Process(target=_serve, args=(theirs, self._settings))
         self._process.start()
         theirs.close()
 
