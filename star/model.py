@@ -39,7 +39,8 @@ class StarModel(nn.Module):
         GenomeError: the genome is not valid.
 
     State dict: `embedding.weight` (V, D); `norms.I.weight` (D,) and `layers.I.*` for LIV I, as its layer's
-    class says; `norm.weight` (D,). A shared featurizer appears once, under the first LIV that uses it.
+    class says; `norm.weight` (D,). Weights of a shared featurizer appear once, under
+    the first LIV that uses them.
 
     Initialisation: embeddings N(0, 1/D), norms ones, layers as their classes say; their output projections
     make up for the depth, so that all LIVs together add a variance of 1/16 to the embedding's 1/D.
@@ -121,7 +122,7 @@ class StarModel(nn.Module):
             y = call(y, memory, given) if checkpoint is None else checkpoint(call, y, memory, given)
             if plan.index in self._lent:
                 y, lent[plan.index] = y
-            y, stream = norm(y, stream)
+            y, stream = norm(y, residual=stream)
         if cache is not None and cache.lengths is not None:
             cache.lengths.add_(ids.shape[1])
         return cast(Tensor, y)
@@ -274,7 +275,7 @@ def build_layer(
         "residual_layers": depth,
         "lambda_init": lambda_init(plan.index),
         "groups": plan.featurizer_groups,
-        "featurizer": None if owner is None else owner.featurizer,
+        "featurizer": owner,
         "device": device,
         "dtype": dtype,
     }

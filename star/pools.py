@@ -434,7 +434,8 @@ def _attention(number: int, repeat: int, *, short_conv: bool, differential: bool
         shareable=("key", "value"),
         differential=differential,
         layer="star_kernels.layers.attention:" + ("DiffAttention" if differential else "Attention"),
-        layer_arguments={"kv_repeat": repeat, "short_conv": short_conv},
+        layer_arguments={"kv_repeat": repeat, "short_conv": short_conv}
+        | ({"bare": True} if differential else {}),
         cost="star.cost:attention_cost",
         summary=("differential " if differential else "") + summary,
     )

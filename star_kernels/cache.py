@@ -122,7 +122,8 @@ class LayerCache:
         """Tokens of every row, the one that is being read included, (B,) int32."""
         if self.lengths is not None:
             return (self.lengths + 1).to(torch.int32)
-        return torch.full((batch,), self.position + 1, dtype=torch.int32, device=device)
+        counts = self.derive("counts", lambda: torch.empty(batch, dtype=torch.int32, device=device))
+        return counts.fill_(self.position + 1)
 
     def derive(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """What ``compute`` makes of the layer's weights, made once and kept in ``derived``."""

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from star_kernels.layers import Attention, GatedShortConv, SwiGLU
+from star_kernels.layers.attention import PROJECTIONS as ATTENTION_PROJECTIONS
+from star_kernels.layers.memoryless import PROJECTIONS as UNIT_PROJECTIONS
 
 if TYPE_CHECKING:
     from star.model import StarModel
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Native", "as_native"]
 
 _STREAM = 2.0**26
+_PROJECTIONS = {**ATTENTION_PROJECTIONS, **UNIT_PROJECTIONS}
 _POSITIONS = 131_072  # no limit of the model's; what other programs plan for
 
 _REMARK = (
@@ -74,7 +77,7 @@ def _blocks(model: StarModel) -> list[tuple[Attention | GatedShortConv, SwiGLU]]
         if plan.index % 2:
             if type(layer) is not SwiGLU:
                 raise ValueError(f"{where} is in a gated unit's place; a Llama or an LFM2 has GMemless there")
-        elif not (type(layer) is GatedShortConv or (type(layer) is Attention and not layer.tail)):
+        elif not (type(layer) is GatedShortConv or (type(layer) is Attention and not layer.short_conv)):
             raise ValueError(
                 f"{where} is in a mixer's place; a Llama has SA-1, SA-3 or SA-4 there, an LFM2 also GConv-1"
             )
@@ -160,7 +163,7 @@ def _lfm2(model: StarModel) -> Native:
         else:
             inputs = [_group(mixer, name) for name in ("B", "C", "value")]
             tensors[f"{layer}.conv.in_proj.weight"] = torch.cat(inputs)
-            tensors[f"{layer}.conv.conv.weight"] = mixer.featurizer.kernel[:, None]
+            tensors[f"{layer}.conv.conv.weight"] = mixer.featurizer.conv.weight
             tensors[f"{layer}.conv.out_proj.weight"] = _STREAM * mixer.output.weight
         tensors[f"{layer}.feed_forward.w1.weight"] = _group(unit, "gate")
         tensors[f"{layer}.feed_forward.w3.weight"] = _group(unit, "up")
@@ -184,9 +187,14 @@ def _norm(model: StarModel, index: int) -> Tensor:
 
 
 def _group(layer: Any, name: str) -> Tensor:
-    """The rows of a layer's projection that make one feature group."""
-    projection = layer.featurizer.projection
-    weight: Tensor = projection.weight[projection.rows([name])]
+    """The rows of a layer's weights that make one feature group."""
+    owner = layer.featurizer
+    weight: Tensor
+    if isinstance(owner, GatedShortConv):
+        assert owner.in_proj is not None
+        weight = owner.in_proj.weight[owner.in_proj.rows([name])]
+    else:
+        weight = getattr(owner, _PROJECTIONS[name]).weight
     return weight
 
 

@@ -252,7 +252,7 @@ def _ends(model: StarModel, context: int, settings: MeasureSettings, timer: Time
     norm = model.norms[0]
 
     def between(x: Tensor) -> None:
-        read_prompt(lambda part: norm(part, part)[0], x, settings.chunk)
+        read_prompt(lambda part: norm(part, residual=part)[0], x, settings.chunk)
 
     def median(call: Callable[[], object], most: int) -> float:
         call()
@@ -261,7 +261,7 @@ def _ends(model: StarModel, context: int, settings: MeasureSettings, timer: Time
     steps, passes = settings.decode_steps, settings.repetitions
     gauge = PeakMemory(stream.device)
     gauge.begin()
-    result = norm(stream[:, : settings.chunk], stream[:, : settings.chunk])
+    result = norm(stream[:, : settings.chunk], residual=stream[:, : settings.chunk])
     transient = gauge.taken()
     del result
     return Ends(

@@ -14,78 +14,18 @@ from torch import Tensor, nn
 from star_kernels.cache import CacheTensor, LayerCache
 from star_kernels.layers import stateful
 from star_kernels.layers.base import Features, LivLayer, made_groups, require_positive
-from star_kernels.layers.initial import normal_
 from star_kernels.layers.kernel import ImplicitKernel
-from star_kernels.layers.projection import GroupProjection, OutputProjection
+from star_kernels.layers.projection import DepthwiseConv, GroupProjection, OutputProjection, not_made
 
 GROUPS = ("B", "C", "value")
 
 
-class GatedConvFeaturizer(nn.Module):
-    """Makes the gates B and C and the value, (B, L, D) each, from x; a subclass holds the kernel.
-
-    A differential operator's gates are (B, L, 2D): those of the first half, then those of the second.
-
-    State dict: ``projection.weight``, rows B, C, value.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        groups: Sequence[str],
-        halves: int,
-        *,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        super().__init__()
-        widths = {name: dim if name == "value" else halves * dim for name in groups}
-        # A featurizer whose layer takes every group from another one has nothing to project.
-        self.projection = GroupProjection(dim, widths, device=device, dtype=dtype) if widths else None
-
-    def forward(self, x: Tensor, names: Sequence[str], cache: LayerCache | None = None) -> Features:
-        """The named groups."""
-        if self.projection is None:
-            raise ValueError(f"featurizer makes no group; {names[0]!r} must be given by another layer")
-        return self.projection(x, names)
-
-
-class ShortConvFeaturizer(GatedConvFeaturizer):
-    """With an explicit kernel: ``kernel`` (halves · D, K), drawn from N(0, 1/K): filters of unit norm."""
-
-    def __init__(
-        self,
-        dim: int,
-        groups: Sequence[str],
-        halves: int,
-        kernel_size: int,
-        *,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        super().__init__(dim, groups, halves, device=device, dtype=dtype)
-        taps = torch.empty(halves * dim, kernel_size, device=device, dtype=dtype)
-        self.kernel = nn.Parameter(normal_(taps, kernel_size**-0.5))
-
-
-class LongConvFeaturizer(GatedConvFeaturizer):
-    """With an implicit kernel: ``kernel.*``, an :class:`ImplicitKernel` of halves · D channels."""
-
-    def __init__(
-        self,
-        dim: int,
-        groups: Sequence[str],
-        halves: int,
-        *,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        super().__init__(dim, groups, halves, device=device, dtype=dtype)
-        self.kernel = ImplicitKernel(halves * dim, device=device, dtype=dtype)
-
-
 class GatedConv(LivLayer):
-    """What the gated convolutions have in common; a subclass has the kernel and its cache."""
+    """What the gated convolutions have in common; a subclass has the kernel and its cache.
+
+    The gates B and C and the value are (B, L, D) each; a differential operator's gates are (B, L, 2D): those
+    of the first half, then those of the second.
+    """
 
     lam: nn.Parameter
     groups = GROUPS
@@ -95,12 +35,30 @@ class GatedConv(LivLayer):
         self,
         dim: int,
         *,
+        bias: bool,
         residual_layers: int,
+        groups: Sequence[str] | None,
+        featurizer: nn.Module | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        super().__init__(dim)
-        self.output = OutputProjection(dim, dim, residual_layers=residual_layers, device=device, dtype=dtype)
+        super().__init__(dim, featurizer)
+        self.bias = bias
+        self.in_proj: GroupProjection | None = None
+        made = made_groups(type(self).__name__, GROUPS, groups)
+        # A layer that takes every group from another one has nothing to project.
+        if self.owns_featurizer and made:
+            widths = {name: dim if name == "value" else self.halves * dim for name in made}
+            self.in_proj = GroupProjection(dim, widths, bias=bias, device=device, dtype=dtype)
+        self.out_proj = OutputProjection(
+            dim, dim, bias=bias, residual_layers=residual_layers, device=device, dtype=dtype
+        )
+
+    def make_features(self, x: Tensor, names: Sequence[str], cache: LayerCache | None = None) -> Features:
+        """The named groups."""
+        if self.in_proj is None:
+            raise not_made(names[0], ())
+        return self.in_proj(x, names)
 
     def _toeplitz(self, length: int) -> Tensor:
         """The convolution as a matrix, (halves · D, L, L), the term of the skip included."""
@@ -123,46 +81,53 @@ class GatedShortConv(GatedConv):
     Args:
         dim: width D of input and output.
         kernel_size: taps K of the depthwise causal convolution.
+        bias: give both projections and the convolution biases.
         residual_layers: layers that add to the same residual stream; scales the output's initial weights.
-        groups: feature groups the featurizer makes; by default all of "B", "C", "value".
-        featurizer: another such layer's, to be used instead of an own one.
+        groups: feature groups that the layer makes itself; by default all of "B", "C", "value".
+        featurizer: another such layer, whose weights make the features and whose taps are used.
         device, dtype: of the weights.
 
-    State dict: ``featurizer.projection.weight`` (3D, D), rows B, C, value; ``featurizer.kernel`` (D, K), tap
-    K-1 on the current token; ``output.weight`` (D, D).
+    State dict, as LFM2's: ``in_proj.weight`` (3D, D), rows B, C, value; ``conv.weight`` (D, 1, K), tap K-1 on
+    the current token; ``out_proj.weight`` (D, D); and their ``bias``.
 
-    Initialisation: projection N(0, 1/D), taps N(0, 1/K), output N(0, 1/16 / (D · residual_layers)).
+    Initialisation: projection N(0, 1/D), taps N(0, 1/K), output N(0, 1/16 / (D · residual_layers)), biases
+    zeros.
 
     Cache: ``tail`` (B, K - 1, D), the last products B ⊙ v.
     """
-
-    featurizer: ShortConvFeaturizer
 
     def __init__(
         self,
         dim: int,
         kernel_size: int = 3,
         *,
+        bias: bool = False,
         residual_layers: int = 1,
         groups: Sequence[str] | None = None,
         featurizer: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        owner = type(self).__name__
-        super().__init__(dim, residual_layers=residual_layers, device=device, dtype=dtype)
-        require_positive(owner, kernel_size=kernel_size)
+        super().__init__(
+            dim,
+            bias=bias,
+            residual_layers=residual_layers,
+            groups=groups,
+            featurizer=featurizer,
+            device=device,
+            dtype=dtype,
+        )
+        require_positive(type(self).__name__, kernel_size=kernel_size)
         self.kernel_size = kernel_size
-        own = None
-        if featurizer is None:
-            made = made_groups(owner, GROUPS, groups)
-            own = ShortConvFeaturizer(dim, made, self.halves, kernel_size, device=device, dtype=dtype)
-        self._set_featurizer(own, featurizer)
+        if self.owns_featurizer:
+            channels = self.halves * dim
+            self.conv = DepthwiseConv(channels, kernel_size, bias=bias, device=device, dtype=dtype)
 
     def operate(self, features: Features, cache: LayerCache | None = None) -> Tensor:
         """C ⊙ conv(B ⊙ v), (B, L, D)."""
+        conv = self.featurizer.conv
         return stateful.gated_short_conv(
-            features["B"], features["C"], features["value"], self.featurizer.kernel, cache=cache
+            features["B"], features["C"], features["value"], conv.taps, conv.bias, cache=cache
         )
 
     def cache_tensors(self, max_length: int, shared: Sequence[str] = ()) -> list[CacheTensor]:
@@ -170,15 +135,15 @@ class GatedShortConv(GatedConv):
         return [CacheTensor("tail", (self.kernel_size - 1, self.dim), "tail")]
 
     def _toeplitz(self, length: int) -> Tensor:
-        return toeplitz(self.featurizer.kernel.flip(1), length)
+        return toeplitz(self.featurizer.conv.taps.flip(1), length)
 
 
 class DiffGatedShortConv(GatedShortConv):
     """C_a ⊙ conv_a(B_a ⊙ v) - λ C_b ⊙ conv_b(B_b ⊙ v), over one common value (STAR's GConv-1-Diff).
 
     Args and initialisation: as :class:`GatedShortConv`; λ is one learned number, at first ``lambda_init``.
-    State dict: ``featurizer.projection.weight`` (5D, D), rows B_a, B_b, C_a, C_b, value;
-    ``featurizer.kernel`` (2D, K); ``lam`` (); ``output.weight``. Cache: ``tail_a``, ``tail_b``.
+    State dict: ``in_proj.weight`` (5D, D), rows B_a, B_b, C_a, C_b, value; ``conv.weight`` (2D, 1, K);
+    ``lam`` (); ``out_proj.weight``. Cache: ``tail_a``, ``tail_b``.
     """
 
     halves = 2
@@ -210,11 +175,11 @@ class DiffGatedShortConv(GatedShortConv):
         """The difference of the two halves, (B, L, D)."""
         value = features["value"]
         first, second = (
-            stateful.gated_short_conv(b, c, value, kernel, cache=cache, name=name)
+            stateful.gated_short_conv(b, c, value, kernel, None, cache=cache, name=name)
             for b, c, kernel, name in zip(
                 features["B"].chunk(2, dim=-1),
                 features["C"].chunk(2, dim=-1),
-                self.featurizer.kernel.chunk(2),
+                self.featurizer.conv.taps.chunk(2),
                 ("tail_a", "tail_b"),
                 strict=True,
             )
@@ -234,8 +199,8 @@ class GatedLongConv(GatedConv):
         dim: width D of input and output.
         residual_layers, groups, featurizer, device, dtype: as :class:`GatedShortConv`.
 
-    State dict: ``featurizer.projection.weight`` (3D, D), rows B, C, value; ``featurizer.kernel.*``
-    (:class:`ImplicitKernel`); ``skip`` (D,); ``output.weight`` (D, D).
+    State dict: ``in_proj.weight`` (3D, D), rows B, C, value; ``filter_fn.*`` (:class:`ImplicitKernel`); ``D``
+    (D,), the skip; ``out_proj.weight`` (D, D).
 
     Initialisation: projection N(0, 1/D), the kernel as :class:`ImplicitKernel` says, skip ones, output
     N(0, 1/16 / (D · residual_layers)).
@@ -243,7 +208,7 @@ class GatedLongConv(GatedConv):
     Cache: ``history`` (B, max_length, D), all products B ⊙ v; the kernel's entries are computed once a cache.
     """
 
-    featurizer: LongConvFeaturizer
+    decodes_by_row = True
 
     def __init__(
         self,
@@ -255,17 +220,22 @@ class GatedLongConv(GatedConv):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dim, residual_layers=residual_layers, device=device, dtype=dtype)
-        own = None
-        if featurizer is None:
-            made = made_groups(type(self).__name__, GROUPS, groups)
-            own = LongConvFeaturizer(dim, made, self.halves, device=device, dtype=dtype)
-        self._set_featurizer(own, featurizer)
-        self.skip = nn.Parameter(torch.ones(self.halves * dim, device=device, dtype=dtype))
+        super().__init__(
+            dim,
+            bias=False,
+            residual_layers=residual_layers,
+            groups=groups,
+            featurizer=featurizer,
+            device=device,
+            dtype=dtype,
+        )
+        if self.owns_featurizer:
+            self.filter_fn = ImplicitKernel(self.halves * dim, device=device, dtype=dtype)
+        self.D = nn.Parameter(torch.ones(self.halves * dim, device=device, dtype=dtype))
 
     def _kernel(self, length: int, cache: LayerCache | None) -> Tensor:
         """The kernel for this call: of its length, or the cache's, evaluated when it is first asked for."""
-        kernel = self.featurizer.kernel
+        kernel = self.featurizer.filter_fn
         if cache is None:
             return kernel(length)
         return cache.derive("kernel", lambda: kernel(cache.max_length))
@@ -274,24 +244,23 @@ class GatedLongConv(GatedConv):
         """C ⊙ (K * (B ⊙ v) + skip ⊙ B ⊙ v), (B, L, D)."""
         b, c, value = features["B"], features["C"], features["value"]
         kernel = self._kernel(value.shape[1], cache)
-        return stateful.gated_long_conv(b, c, value, kernel, self.skip, cache=cache)
+        return stateful.gated_long_conv(b, c, value, kernel, self.D, cache=cache)
 
     def cache_tensors(self, max_length: int, shared: Sequence[str] = ()) -> list[CacheTensor]:
         """All products; those of a layer whose gate and value are both another's are that layer's."""
         return [CacheTensor("history", (max_length, self.dim), "position", ("B", "value"))]
 
     def _toeplitz(self, length: int) -> Tensor:
-        kernel = self.featurizer.kernel(length)
-        return toeplitz(kernel, length) + torch.diag_embed(self.skip[:, None].expand(-1, length))
+        kernel = self.featurizer.filter_fn(length)
+        return toeplitz(kernel, length) + torch.diag_embed(self.D[:, None].expand(-1, length))
 
 
 class DiffGatedLongConv(GatedLongConv):
     """The difference of two gated long convolutions over one common value (STAR's GConv-2-Diff).
 
     Args and initialisation: as :class:`GatedLongConv`; λ is one learned number, at first ``lambda_init``.
-    State dict: ``featurizer.projection.weight`` (5D, D), rows B_a, B_b, C_a, C_b, value;
-    ``featurizer.kernel.*`` (one network of time, 2D kernels); ``skip`` (2D,); ``lam`` (); ``output.weight``.
-    Cache: ``history_a``, ``history_b``.
+    State dict: ``in_proj.weight`` (5D, D), rows B_a, B_b, C_a, C_b, value; ``filter_fn.*`` (one network of
+    time, 2D kernels); ``D`` (2D,); ``lam`` (); ``out_proj.weight``. Cache: ``history_a``, ``history_b``.
     """
 
     halves = 2
@@ -326,7 +295,7 @@ class DiffGatedLongConv(GatedLongConv):
                 features["B"].chunk(2, dim=-1),
                 features["C"].chunk(2, dim=-1),
                 self._kernel(value.shape[1], cache).chunk(2),
-                self.skip.chunk(2),
+                self.D.chunk(2),
                 ("history_a", "history_b"),
                 strict=True,
             )

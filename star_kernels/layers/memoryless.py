@@ -9,30 +9,10 @@ from torch import Tensor, nn
 
 from star_kernels.cache import CacheTensor, LayerCache
 from star_kernels.layers.base import Features, LivLayer, made_groups, require_positive
-from star_kernels.layers.projection import GroupProjection, OutputProjection
+from star_kernels.layers.projection import OutputProjection, Projection, not_made
 from star_kernels.memoryless import glu
 
-
-class SwiGLUFeaturizer(nn.Module):
-    """Makes gate and up, (B, L, hidden) each. State dict: ``projection.weight``, rows gate, up."""
-
-    def __init__(
-        self,
-        dim: int,
-        widths: Mapping[str, int],
-        *,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        super().__init__()
-        # A featurizer whose layer takes every group from another one has nothing to project.
-        self.projection = GroupProjection(dim, widths, device=device, dtype=dtype) if widths else None
-
-    def forward(self, x: Tensor, names: Sequence[str], cache: LayerCache | None = None) -> Features:
-        """The named groups."""
-        if self.projection is None:
-            raise ValueError(f"featurizer makes no group; {names[0]!r} must be given by another layer")
-        return self.projection(x, names)
+PROJECTIONS = {"gate": "gate_proj", "up": "up_proj"}
 
 
 class SwiGLU(LivLayer):
@@ -42,17 +22,19 @@ class SwiGLU(LivLayer):
         dim: width D of input and output.
         hidden: width of gate and up; by default 8/3 D.
         residual_layers: layers that add to the same residual stream; scales the output's initial weights.
-        groups: feature groups the featurizer makes; by default both.
-        featurizer: another such layer's, to be used instead of an own one.
+        groups: feature groups that the layer makes itself; by default both.
+        featurizer: another such layer, whose weights make the features.
         device, dtype: of the weights.
 
-    State dict: ``featurizer.projection.weight`` (2 hidden, D), rows gate, up; ``output.weight`` (D, hidden).
+    State dict, as Llama's: ``gate_proj.weight`` and ``up_proj.weight`` (hidden, D), ``down_proj.weight``
+    (D, hidden).
 
-    Initialisation: projection N(0, 1/D), output N(0, 1/16 / (hidden · residual_layers)). Cache: nothing.
+    Initialisation: projections N(0, 1/D), output N(0, 1/16 / (hidden · residual_layers)). Cache: nothing.
     """
 
     groups = ("gate", "up")
     values = "up"
+    output_name = "down_proj"
 
     def __init__(
         self,
@@ -65,18 +47,26 @@ class SwiGLU(LivLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dim)
+        super().__init__(dim, featurizer)
         hidden = max(1, round(8 * dim / 3)) if hidden is None else hidden
         require_positive("SwiGLU", hidden=hidden)
         self.hidden = hidden
-        own = None
-        if featurizer is None:
-            made = made_groups("SwiGLU", self.groups, groups)
-            own = SwiGLUFeaturizer(dim, dict.fromkeys(made, hidden), device=device, dtype=dtype)
-        self._set_featurizer(own, featurizer)
-        self.output = OutputProjection(
+        if self.owns_featurizer:
+            for name in made_groups("SwiGLU", self.groups, groups):
+                self.add_module(PROJECTIONS[name], Projection(dim, hidden, device=device, dtype=dtype))
+        self.down_proj = OutputProjection(
             hidden, dim, residual_layers=residual_layers, device=device, dtype=dtype
         )
+
+    def make_features(self, x: Tensor, names: Sequence[str], cache: LayerCache | None = None) -> Features:
+        """The named groups, (B, L, hidden) each."""
+        features: Features = {}
+        for name in names:
+            projection = self._modules.get(PROJECTIONS[name])
+            if projection is None:
+                raise not_made(name, [n for n in self.groups if PROJECTIONS[n] in self._modules])
+            features[name] = projection(x)
+        return features
 
     def operate(self, features: Features, cache: LayerCache | None = None) -> Tensor:
         """silu(gate) ⊙ up, (B, L, hidden)."""

@@ -1,7 +1,7 @@
 """Gated input-varying recurrences: Mamba's selective state space (arXiv 2312.00752), plain and differential.
 
 h_t = exp(Δ_t A) ⊙ h_{t-1} + Δ_t v_t B_t, y_t = C_t·h_t: a sequentially semi-separable operator. Classes Rec-1
-and Rec-2 of STAR; expansion 1, so the recurrence is as wide as the model.
+and Rec-2 of STAR, at expansion 1: there the recurrence is as wide as the model.
 """
 
 from __future__ import annotations
@@ -16,109 +16,48 @@ from torch import Tensor, nn
 from star_kernels.cache import CacheTensor, LayerCache
 from star_kernels.layers import stateful
 from star_kernels.layers.base import Features, LivLayer, made_groups, require_positive
-from star_kernels.layers.initial import uniform_
-from star_kernels.layers.projection import GroupProjection, OutputProjection
+from star_kernels.layers.projection import (
+    DepthwiseConv,
+    GroupProjection,
+    OutputProjection,
+    StepProjection,
+)
 
-GROUPS = ("B", "delta", "value", "C")
-
-SHORTEST_STEP, LONGEST_STEP = 1e-3, 1e-1
-
-
-class SelectiveFeaturizer(nn.Module):
-    """Makes value, gate and step sizes Δ (B, L, D), and B and C (B, L, N), from x, and holds A.
-
-    The value is silu(conv(first projection)); B, C and Δ are made of the value, as in Mamba. A differential
-    operator has all but value and gate twice: B and C are (B, L, 2N), the step sizes "delta" and "delta_b".
-
-    State dict, with h halves and R = dt_rank: ``projection.weight`` (2D, D), rows value, gate; ``taps``
-    (D, K) and ``taps_bias`` (D,); ``selection.weight``, rows B (hN), Δ (hR), C (hN), applied to the value;
-    ``dt_weight`` (hD, R); ``dt_bias`` (hD,); ``A_log`` (hD, N), A = -exp(A_log).
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        state_size: int,
-        dt_rank: int,
-        *,
-        groups: Sequence[str],
-        halves: int,
-        conv_kernel: int,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        super().__init__()
-        self.halves = halves
-        all_widths = {"B": halves * state_size, "delta": halves * dt_rank, "C": halves * state_size}
-        widths = {name: width for name, width in all_widths.items() if name in groups or name == "delta"}
-        self.projection = GroupProjection(dim, {"value": dim, "gate": dim}, device=device, dtype=dtype)
-        self.selection = GroupProjection(dim, widths, device=device, dtype=dtype)
-
-        def weight(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-
-        self.taps = weight(dim, conv_kernel)
-        self.taps_bias = weight(dim)
-        self.dt_weight = weight(halves * dim, dt_rank)
-        self.dt_bias = weight(halves * dim)
-        self.A_log = weight(halves * dim, state_size)
-        # Decay would pull all states of a channel to one rate; optimizers read this mark, as in Mamba.
-        self.A_log.no_weight_decay = True  # type: ignore[attr-defined]
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Mamba's initial values (the projections draw their own)."""
-        if self.taps.is_meta:
-            return
-        for weight in (self.taps, self.dt_weight):
-            uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
-        nn.init.zeros_(self.taps_bias)
-        # Step sizes spread from 0.001 to 0.1, evenly in the logarithm; the bias is softplus' inverse of them.
-        step = uniform_(self.dt_bias, math.log(SHORTEST_STEP), math.log(LONGEST_STEP)).exp()
-        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
-        rates = torch.arange(1, self.A_log.shape[1] + 1, device=self.A_log.device, dtype=torch.float32)
-        self.A_log.copy_(rates.log().expand_as(self.A_log))
-
-    def forward(self, x: Tensor, names: Sequence[str], cache: LayerCache | None = None) -> Features:
-        """The named groups, which include value and delta, and the gate."""
-        value, gate = self.projection.fused(x, ("value", "gate")).chunk(2, dim=-1)
-        value = stateful.short_conv(value, self.taps, self.taps_bias, activation="silu", cache=cache)
-        features = self.selection(value, [name for name in names if name != "value"])
-        features |= {"value": value, "gate": gate}
-        if self.halves == 1:
-            features["delta"] = F.linear(features["delta"], self.dt_weight)
-        else:
-            ranks, weights = features["delta"].chunk(2, dim=-1), self.dt_weight.chunk(2)
-            features["delta"] = F.linear(ranks[0], weights[0])
-            features["delta_b"] = F.linear(ranks[1], weights[1])
-        return features
+GROUPS = ("delta", "value", "B", "C")
 
 
 class SelectiveSSM(LivLayer):
-    """Mamba-1's mixer at expansion 1.
+    """Mamba-1's mixer.
 
     Args:
-        dim: width D of input, output and recurrence.
+        dim: width D of input and output.
         state_size: numbers N that each channel's state holds.
-        conv_kernel: taps of the convolution before the recurrence.
+        inner: width E of the recurrence; by default D (Mamba's own is 2D).
+        conv_kernel: taps K of the convolution before the recurrence.
+        conv_bias: whether the convolution has a bias.
+        bias: give ``in_proj`` and ``out_proj`` biases.
         dt_rank: rank R of the projection to step sizes; by default D / 16, rounded up.
         residual_layers: layers that add to the same residual stream; scales the output's initial weights.
-        groups: feature groups the featurizer makes; by default all of "B", "delta", "value", "C". Only B and
-            C can be left out.
-        featurizer: another such layer's, to be used instead of an own one.
+        groups: feature groups that the layer makes itself; by default all of "delta", "value", "B", "C". Only
+            B and C can be left out.
+        featurizer: another such layer, whose weights make the features; A is among them.
         device, dtype: of the weights.
 
-    State dict: ``featurizer.*`` (:class:`SelectiveFeaturizer`), ``skip`` (D,) (Mamba's D), ``output.weight``
-    (D, D).
+    The value is silu(conv(first half of ``in_proj``)), the gate its second half; Δ, B and C are made of the
+    value.
+
+    State dict, as Mamba's: ``in_proj.weight`` (2E, D), rows value, gate; ``conv1d.weight`` (E, 1, K) and
+    ``conv1d.bias`` (E,); ``x_proj.weight`` (R + 2N, E), rows Δ, B, C; ``dt_proj.weight`` (E, R) and
+    ``dt_proj.bias`` (E,); ``A_log`` (E, N), A = -exp(A_log); ``D`` (E,), the skip; ``out_proj.weight``
+    (D, E).
 
     Initialisation: Mamba's: A = -(1, ..., N) in every channel, step sizes log-uniform in 0.001 to 0.1, skip
-    ones; projections N(0, 1/D); output N(0, 1/16 / (D · residual_layers)).
+    ones; ``in_proj`` N(0, 1/D), ``x_proj`` N(0, 1/E), taps ±K^-1/2, ``dt_proj`` ±R^-1/2; output
+    N(0, 1/16 / (E · residual_layers)).
 
-    Cache: ``tail`` (B, conv_kernel - 1, D), ``state`` (B, D, N) float32.
+    Cache: ``tail`` (B, K - 1, E), ``state`` (B, E, N) float32.
     """
 
-    featurizer: SelectiveFeaturizer
     groups = GROUPS
     halves = 1
 
@@ -127,7 +66,10 @@ class SelectiveSSM(LivLayer):
         dim: int,
         state_size: int = 16,
         *,
+        inner: int | None = None,
         conv_kernel: int = 4,
+        conv_bias: bool = True,
+        bias: bool = False,
         dt_rank: int | None = None,
         residual_layers: int = 1,
         groups: Sequence[str] | None = None,
@@ -135,47 +77,81 @@ class SelectiveSSM(LivLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dim)
+        super().__init__(dim, featurizer)
+        self.inner = dim if inner is None else inner
+        self.dt_rank = max(1, math.ceil(dim / 16)) if dt_rank is None else dt_rank
+        self.state_size, self.conv_kernel = state_size, conv_kernel
+        self.conv_bias, self.bias = conv_bias, bias
         owner = type(self).__name__
-        dt_rank = max(1, math.ceil(dim / 16)) if dt_rank is None else dt_rank
-        require_positive(owner, state_size=state_size, conv_kernel=conv_kernel, dt_rank=dt_rank)
-        self.state_size = state_size
-        self.conv_kernel = conv_kernel
-        own = None
-        if featurizer is None:
-            own = SelectiveFeaturizer(
-                dim,
-                state_size,
-                dt_rank,
-                groups=made_groups(owner, GROUPS, groups),
-                halves=self.halves,
-                conv_kernel=conv_kernel,
-                device=device,
-                dtype=dtype,
-            )
-        self._set_featurizer(own, featurizer)
-        self.skip = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
-        self.output = OutputProjection(dim, dim, residual_layers=residual_layers, device=device, dtype=dtype)
+        require_positive(owner, state_size=state_size, inner=self.inner)
+        require_positive(owner, conv_kernel=conv_kernel, dt_rank=self.dt_rank)
+        if self.owns_featurizer:
+            self._build(made_groups(owner, GROUPS, groups), device, dtype)
+        self.D = nn.Parameter(torch.ones(self.inner, device=device, dtype=dtype))
+        self.out_proj = OutputProjection(
+            self.inner, dim, bias=bias, residual_layers=residual_layers, device=device, dtype=dtype
+        )
+
+    def _build(
+        self, made: Sequence[str], device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        """The modules that make the features; a differential layer has all but value and gate twice."""
+        h, inner, place = self.halves, self.inner, {"device": device, "dtype": dtype}
+        every = {"delta": h * self.dt_rank, "B": h * self.state_size, "C": h * self.state_size}
+        widths = {name: width for name, width in every.items() if name in made or name == "delta"}
+        self.in_proj = GroupProjection(
+            self.dim, {"value": inner, "gate": inner}, bias=self.bias, device=device, dtype=dtype
+        )
+        self.conv1d = DepthwiseConv(
+            inner, self.conv_kernel, bias=self.conv_bias, uniform=True, device=device, dtype=dtype
+        )
+        self.x_proj = GroupProjection(inner, widths, device=device, dtype=dtype)
+        self.dt_proj = StepProjection(self.dt_rank, h * inner, device=device, dtype=dtype)
+        rates = torch.arange(1, self.state_size + 1, device=device, dtype=torch.float32)
+        A_log = torch.empty(h * inner, self.state_size, **place)  # type: ignore[arg-type]
+        self.A_log = nn.Parameter(A_log.copy_(rates.log().expand_as(A_log)))
+        # Decay would pull all states of a channel to one rate; optimizers read this mark, as in Mamba.
+        self.A_log.no_weight_decay = True  # type: ignore[attr-defined]
+
+    def make_features(self, x: Tensor, names: Sequence[str], cache: LayerCache | None = None) -> Features:
+        """The named groups, which include value and delta, and the gate.
+
+        Value, gate and Δ are (B, L, E), B and C (B, L, N); of a differential layer B and C are (B, L, 2N),
+        the step sizes "delta" and "delta_b".
+        """
+        value, gate = self.in_proj.fused(x, ("value", "gate")).chunk(2, dim=-1)
+        conv = self.conv1d
+        value = stateful.short_conv(value, conv.taps, conv.bias, activation="silu", cache=cache)
+        features = self.x_proj(value, [name for name in names if name != "value"])
+        features |= {"value": value, "gate": gate}
+        weight = self.dt_proj.weight
+        if self.halves == 1:
+            features["delta"] = F.linear(features["delta"], weight)
+        else:
+            ranks, weights = features["delta"].chunk(2, dim=-1), weight.chunk(2)
+            features["delta"] = F.linear(ranks[0], weights[0])
+            features["delta_b"] = F.linear(ranks[1], weights[1])
+        return features
 
     def operate(self, features: Features, cache: LayerCache | None = None) -> Tensor:
-        """The scan, gated by silu(gate), (B, L, D)."""
+        """The scan, gated by silu(gate), (B, L, E)."""
         return stateful.selective_scan(
             features["value"],
             features["delta"],
             _rates(self.featurizer.A_log, cache),
             features["B"],
             features["C"],
-            self.skip,
+            self.D,
             features["gate"],
-            self.featurizer.dt_bias,
+            self.featurizer.dt_proj.bias,
             cache=cache,
         )
 
     def cache_tensors(self, max_length: int, shared: Sequence[str] = ()) -> list[CacheTensor]:
         """The convolution's tail and the recurrence's state."""
         return [
-            CacheTensor("tail", (self.conv_kernel - 1, self.dim), "tail"),
-            CacheTensor("state", (self.dim, self.state_size), "state"),
+            CacheTensor("tail", (self.conv_kernel - 1, self.inner), "tail"),
+            CacheTensor("state", (self.inner, self.state_size), "state"),
         ]
 
     def materialize(self, x: Tensor, given: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -185,9 +161,13 @@ class SelectiveSSM(LivLayer):
         """
         features = self.featurize(x, given=given)
         gate = F.silu(features["gate"]).mT[..., None]
-        skip = torch.diag_embed(self.skip[:, None].expand(-1, x.shape[1]))
+        skip = torch.diag_embed(self.D[:, None].expand(-1, x.shape[1]))
         matrix = _semi_separable(
-            features["delta"], features["B"], features["C"], self.featurizer.A_log, self.featurizer.dt_bias
+            features["delta"],
+            features["B"],
+            features["C"],
+            self.featurizer.A_log,
+            self.featurizer.dt_proj.bias,
         )
         return gate * (matrix + skip)
 
@@ -196,7 +176,8 @@ class DiffSelectiveSSM(SelectiveSSM):
     """The difference of two selective scans over one common value, scan_a(v) - λ scan_b(v), then the gate.
 
     Args and initialisation: as :class:`SelectiveSSM`; λ is one learned number, at first ``lambda_init``. The
-    skip belongs to the first half. State dict: also ``lam`` (). Cache: ``tail``, ``state_a``, ``state_b``.
+    skip belongs to the first half. State dict: ``x_proj.weight`` (2R + 4N, E), ``dt_proj.*`` and ``A_log`` of
+    2E rows, first half first; also ``lam`` (). Cache: ``tail``, ``state_a``, ``state_b``.
     """
 
     halves = 2
@@ -239,8 +220,8 @@ class DiffSelectiveSSM(SelectiveSSM):
                 rates.chunk(2),
                 features["B"].chunk(2, dim=-1),
                 features["C"].chunk(2, dim=-1),
-                (self.skip, None),
-                self.featurizer.dt_bias.chunk(2),
+                (self.D, None),
+                self.featurizer.dt_proj.bias.chunk(2),
                 ("state_a", "state_b"),
                 strict=True,
             )
@@ -249,14 +230,16 @@ class DiffSelectiveSSM(SelectiveSSM):
 
     def cache_tensors(self, max_length: int, shared: Sequence[str] = ()) -> list[CacheTensor]:
         """The convolution's tail and both recurrences' states."""
-        states = [CacheTensor(name, (self.dim, self.state_size), "state") for name in ("state_a", "state_b")]
-        return [CacheTensor("tail", (self.conv_kernel - 1, self.dim), "tail"), *states]
+        states = [
+            CacheTensor(name, (self.inner, self.state_size), "state") for name in ("state_a", "state_b")
+        ]
+        return [CacheTensor("tail", (self.conv_kernel - 1, self.inner), "tail"), *states]
 
     def materialize(self, x: Tensor, given: Mapping[str, Tensor] | None = None) -> Tensor:
         """T (B, D, L, L), the first half's matrix with the skip minus λ times the second's, gated."""
         features = self.featurize(x, given=given)
         gate = F.silu(features["gate"]).mT[..., None]
-        skip = torch.diag_embed(self.skip[:, None].expand(-1, x.shape[1]))
+        skip = torch.diag_embed(self.D[:, None].expand(-1, x.shape[1]))
         first, second = (
             _semi_separable(*half)
             for half in zip(
@@ -264,7 +247,7 @@ class DiffSelectiveSSM(SelectiveSSM):
                 features["B"].chunk(2, dim=-1),
                 features["C"].chunk(2, dim=-1),
                 self.featurizer.A_log.chunk(2),
-                self.featurizer.dt_bias.chunk(2),
+                self.featurizer.dt_proj.bias.chunk(2),
                 strict=True,
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -35,15 +36,25 @@ def short_conv(
 
 
 def gated_short_conv(
-    b: Tensor, c: Tensor, x: Tensor, weight: Tensor, *, cache: LayerCache | None = None, name: str = "tail"
+    b: Tensor,
+    c: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    cache: LayerCache | None = None,
+    name: str = "tail",
 ) -> Tensor:
     """:func:`star_kernels.gated_short_conv` after the products in ``cache.tensors[name]``."""
     if cache is None:
-        return cast(Tensor, convolution.gated_short_conv(b, c, x, weight))
+        return cast(Tensor, convolution.gated_short_conv(b, c, x, weight, bias))
     state = cache.tensors[name]
     if x.shape[1] == 1 and state.dtype == x.dtype:
-        return convolution.gated_short_conv_step(b[:, 0], c[:, 0], x[:, 0], state, weight).unsqueeze(1)
-    y, final = convolution.gated_short_conv(b, c, x, weight, initial_state=state, return_final_state=True)
+        y = convolution.gated_short_conv_step(b[:, 0], c[:, 0], x[:, 0], state, weight, bias)
+        return y.unsqueeze(1)
+    y, final = convolution.gated_short_conv(
+        b, c, x, weight, bias, initial_state=state, return_final_state=True
+    )
     state.copy_(final)
     return y
 
@@ -111,7 +122,7 @@ def selective_scan(
     if cache is None:
         return cast(Tensor, recurrence.selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus=True))
     state = cache.tensors[name]
-    if x.shape[1] == 1:
+    if _is_step(x, state):
         z = None if z is None else z[:, 0]
         y = recurrence.selective_scan_step(
             x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state, D, z, dt_bias, dt_softplus=True
@@ -122,3 +133,98 @@ def selective_scan(
     )
     state.copy_(final)
     return y
+
+
+def gated_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    cache: LayerCache | None = None,
+    name: str = "state",
+) -> Tensor:
+    """:func:`star_kernels.gated_linear_attention` from the state in ``cache.tensors[name]``."""
+    if cache is None:
+        return cast(Tensor, recurrence.gated_linear_attention(q, k, v, log_decay, scale=scale))
+    state = cache.tensors[name]
+    if _is_step(v, state):
+        return recurrence.gated_linear_attention_step(
+            q[:, 0], k[:, 0], v[:, 0], log_decay[:, 0], state, scale=scale
+        ).unsqueeze(1)
+    y, final = recurrence.gated_linear_attention(
+        q, k, v, log_decay, scale=scale, initial_state=state, return_final_state=True
+    )
+    state.copy_(final)
+    return y
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor,
+    *,
+    cache: LayerCache | None = None,
+    name: str = "state",
+) -> Tensor:
+    """:func:`star_kernels.gated_delta_rule` from the state in ``cache.tensors[name]``."""
+    if cache is None:
+        return cast(Tensor, recurrence.gated_delta_rule(q, k, v, beta, log_decay))
+    state = cache.tensors[name]
+    if _is_step(v, state):
+        return recurrence.gated_delta_rule_step(
+            q[:, 0], k[:, 0], v[:, 0], beta[:, 0], log_decay[:, 0], state
+        ).unsqueeze(1)
+    y, final = recurrence.gated_delta_rule(
+        q, k, v, beta, log_decay, initial_state=state, return_final_state=True
+    )
+    state.copy_(final)
+    return y
+
+
+def gru_scan(
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *,
+    cache: LayerCache | None = None,
+    name: str = "state",
+) -> Tensor:
+    """:func:`star_kernels.gru_scan` of (xz, xr, xh) and (az, ar, ah) from ``cache.tensors[name]``."""
+    if cache is None:
+        return cast(Tensor, recurrence.gru_scan(*inputs, *weights))
+    state = cache.tensors[name]
+    if _is_step(inputs[0], state):
+        (xz, xr, xh), (az, ar, ah) = (x[:, 0] for x in inputs), weights
+        return recurrence.gru_scan_step(xz, xr, xh, az, ar, ah, state).unsqueeze(1)
+    y, final = recurrence.gru_scan(*inputs, *weights, initial_state=state, return_final_state=True)
+    state.copy_(final)
+    return y
+
+
+def lstm_scan(
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *,
+    cache: LayerCache | None = None,
+    names: tuple[str, str] = ("cell", "state"),
+) -> Tensor:
+    """:func:`star_kernels.lstm_scan` of (xf, xo, xz) and (af, ao, az) from the tensors ``names``, c and h."""
+    if cache is None:
+        return cast(Tensor, recurrence.lstm_scan(*inputs, *weights))
+    cell, hidden = (cache.tensors[name] for name in names)
+    if _is_step(inputs[0], hidden):
+        (xf, xo, xz), (af, ao, az) = (x[:, 0] for x in inputs), weights
+        return recurrence.lstm_scan_step(xf, xo, xz, af, ao, az, cell, hidden).unsqueeze(1)
+    y, final = recurrence.lstm_scan(*inputs, *weights, initial_state=(cell, hidden), return_final_state=True)
+    cell.copy_(final[0])
+    hidden.copy_(final[1])
+    return y
+
+
+def _is_step(x: Tensor, state: Tensor) -> bool:
+    """One token, on a state of the dtype that the in-place steps keep it in."""
+    takes = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.shape[1] == 1 and state.dtype == takes

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from star_kernels.contracts import without_autocast
+
 CHUNK = 64
 """Tokens a chunk, a power of two."""
 PAIRS = 4
@@ -27,7 +29,7 @@ def gated_linear_attention(
     """S_t = exp(g_t) S_{t-1} + k_t v_tᵀ, y_t = S_tᵀ q_t; q, k (B, L, H, Dk), v (B, L, H, Dv)."""
     if v.shape[1] == 0:
         return v, state
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v):
         q_, k_, v_, decays = _in_chunks(log_decay, q, k, v)
         within = decays.between(q_, k_) @ v_
         added = decays.until_end(k_).mT @ v_
@@ -49,7 +51,7 @@ def gated_delta_rule(
     """
     if v.shape[1] == 0:
         return v, state
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v):
         q_, k_, v_, decays, beta_ = _in_chunks(log_decay, q, k, v, beta)
         beta_ = beta_[..., None]
         system = (beta_ * decays.between(k_, k_)).tril(-1)

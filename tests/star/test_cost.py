@@ -49,7 +49,7 @@ def test_flops_of_the_matrix_products(entry: pools.LivClass) -> None:
     config, length = CONFIGS[0], 24
     layer = build_model(single(entry.id), config, seed=0).layers[0]
     with FlopCounterMode(display=False) as counter:
-        features = layer.featurizer(torch.randn(1, length, config.width), layer.groups)
+        features = layer.make_features(torch.randn(1, length, config.width), layer.groups)
         layer.output(torch.randn(1, length, layer.output.in_features))
     analytic = entry.load_cost()(entry, config)
     made = length * sum(analytic.feature_flops.values())

@@ -287,7 +287,7 @@ class TestDirectory:
             (lambda value: value.pop("genome"), "genome is missing"),
             (lambda value: value.update(width="wide"), "width is 'wide'"),
             (lambda value: value.update(dtype="int8"), "dtype is 'int8'"),
-            (lambda value: value.update(genome="91111"), "is not in the model"),
+            (lambda value: value.update(genome="91111"), "is missing"),
             (lambda value: value.update(vocab_size=300), "has shape (256, 32), the model's has (300, 32)"),
             (lambda value: value.update(vocab_size=200), "the tokenizer has 256|has shape"),
         ],

@@ -200,12 +200,12 @@ def test_low_rank_where_nothing_decays(entry: LivClass) -> None:
     """Entries are products of the decays between two tokens: without any, C_i·B_j Δ_j is left."""
     layer = build(entry)
     with torch.no_grad():
-        layer.featurizer.A_log.fill_(-50.0)
+        layer.A_log.fill_(-50.0)
     matrix = layer.materialize(inputs())
     strict = matrix[..., 1:, :-1]
     lower = torch.ones(strict.shape[-2:], dtype=torch.bool).tril()
     features = layer.featurize(inputs())
-    step = torch.nn.functional.softplus(features["delta"] + layer.featurizer.dt_bias)
+    step = torch.nn.functional.softplus(features["delta"] + layer.dt_proj.bias)
     gate = torch.nn.functional.silu(features["gate"])
     linear = torch.einsum("bin,bjn->bij", features["C"], features["B"])[:, None]
     expected = gate.mT[..., None] * linear * step.mT[..., None, :]

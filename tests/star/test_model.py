@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -126,9 +127,10 @@ def test_a_shared_featurizer_is_one_module_on_two_inputs() -> None:
     assert layer(together, 0).featurizer is layer(together, 1).featurizer
     saved = sum(p.numel() for p in apart.parameters()) - sum(p.numel() for p in together.parameters())
     assert saved == 3 * 64 * 64 + 64 * 3
-    assert not any(name.startswith("layers.1.featurizer") for name in together.state_dict())
+    own = [name for name in together.state_dict() if name.startswith("layers.1.")]
+    assert own == ["layers.1.out_proj.weight"]
     seen: list[Tensor] = []
-    layer(together, 0).featurizer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    together.layers[0].in_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     together(token_ids(4))
     assert len(seen) == 2
     assert not torch.equal(seen[0], seen[1])
@@ -160,12 +162,12 @@ def test_a_shared_key_value_group_has_one_cache(strategy: int, shared: tuple[str
 def test_gradients_flow_through_shared_features() -> None:
     model = build_model(Genome.parse("11114-11114"), CONFIG, seed=0)
     model(token_ids(6)).square().mean().backward()
-    alone = layer(model, 0).featurizer.projection.weight.grad.clone()  # type: ignore[union-attr]
+    alone = layer(model, 0).v_proj.weight.grad.clone()  # type: ignore[union-attr]
     for parameter in model.parameters():
         parameter.grad = None
     torch.nn.init.zeros_(layer(model, 1).output.weight)
     model(token_ids(6)).square().mean().backward()
-    assert not torch.allclose(alone, layer(model, 0).featurizer.projection.weight.grad)  # type: ignore[union-attr]
+    assert not torch.allclose(alone, layer(model, 0).v_proj.weight.grad)  # type: ignore[union-attr]
 
 
 @given(seed=st.integers(0, 1 << 32), depth=st.integers(1, 24))
@@ -178,7 +180,7 @@ def test_weights_are_tied_exactly_as_planned(seed: int, depth: int) -> None:
         assert type(mine) is plan.entry.load_layer()
         assert mine.featurizer is layer(model, plan.featurizer_owner).featurizer
         is_owner = plan.featurizer_owner == plan.index
-        assert ("featurizer" in dict(mine.named_children())) == is_owner
+        assert mine.owns_featurizer == is_owner
     pointers = [id(tensor) for tensor in model.state_dict(keep_vars=True).values()]
     assert len(pointers) == len(set(pointers))
 
@@ -388,12 +390,16 @@ class Average(LivLayer):
         device: torch.device | None,
         dtype: torch.dtype | None,
     ) -> None:
-        super().__init__(dim)
+        super().__init__(dim, featurizer)
         self.decay = decay
-        widths = dict.fromkeys(groups, dim)
-        own = None if featurizer else AverageFeaturizer(dim, widths, device=device, dtype=dtype)
-        self._set_featurizer(own, featurizer)
-        self.output = OutputProjection(dim, dim, device=device, dtype=dtype)
+        if self.owns_featurizer:
+            self.in_proj = GroupProjection(dim, dict.fromkeys(groups, dim), device=device, dtype=dtype)
+        self.out_proj = OutputProjection(dim, dim, device=device, dtype=dtype)
+
+    def make_features(
+        self, x: Tensor, names: Sequence[str], cache: LayerCache | None = None
+    ) -> dict[str, Tensor]:
+        return self.in_proj(x, names)
 
     def operate(self, features: dict[str, Tensor], cache: LayerCache | None = None) -> Tensor:
         value = features["value"]
@@ -408,13 +414,6 @@ class Average(LivLayer):
 
     def cache_tensors(self, max_length: int, shared: tuple[str, ...] = ()) -> list[CacheTensor]:
         return [CacheTensor("state", (self.dim,), "state")]
-
-
-class AverageFeaturizer(GroupProjection):
-    def forward(
-        self, x: Tensor, names: tuple[str, ...], cache: LayerCache | None = None
-    ) -> dict[str, Tensor]:
-        return super().forward(x, names)
 
 
 def average_cost(entry: pools.LivClass, config: ModelConfig) -> cost.LivCost:

@@ -72,7 +72,7 @@ class TestClasses:
             plain.operator,
             plain.shareable,
             plain.groups,
-            plain.layer_arguments,
+            plain.layer_arguments | ({"bare": True} if plain.family == "attention" else {}),
         )
 
     @pytest.mark.parametrize("entry", pools.all_classes(), ids=lambda entry: entry.name)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from star_kernels import layers
 from star_kernels.layers import LivLayer
+from star_kernels.layers.projection import GroupProjection
 
 DIM = 32
 MAX_LENGTH = 8
@@ -44,12 +45,32 @@ CASES = {
         ("key", "value"),
         {"heads": 4, "short_conv": True},
     ),
+    "attention_with_everything": Case(
+        layers.Attention,
+        {"key": (MAX_LENGTH, 2, 6), "value": (MAX_LENGTH, 2, 6), "tail": (2, 48)},
+        ("key", "value"),
+        {
+            "heads": 4,
+            "kv_repeat": 2,
+            "head_dim": 6,
+            "bias": True,
+            "qk_norm": True,
+            "short_conv": True,
+            "rotary": layers.Rotary(frequencies=(1.0, 0.3, 0.02), scale=1.1),
+        },
+    ),
     "diff_attention": Case(layers.DiffAttention, KEY_VALUE, ("key", "value"), {"heads": 4}),
-    "diff_attention_grouped_convolved": Case(
+    "diff_attention_bare_grouped_convolved": Case(
         layers.DiffAttention,
         GROUPED | {"tail": (3, 48)},
         ("key", "value"),
-        {"heads": 4, "kv_repeat": 4, "short_conv": True, "kernel_size": 4},
+        {"heads": 4, "kv_repeat": 4, "bare": True, "short_conv": True, "kernel_size": 4},
+    ),
+    "selective_ssm_expanded": Case(
+        layers.SelectiveSSM,
+        {"tail": (3, 48), "state": (48, 4)},
+        ("B", "C"),
+        {"state_size": 4, "inner": 48, "conv_bias": False, "bias": True, "dt_rank": 3},
     ),
     "selective_ssm": Case(layers.SelectiveSSM, {"tail": (3, DIM), "state": (DIM, 16)}, ("B", "C")),
     "diff_selective_ssm": Case(
@@ -67,9 +88,41 @@ CASES = {
     "diff_gated_long_conv": Case(
         layers.DiffGatedLongConv, {"history_a": HISTORY, "history_b": HISTORY}, ("B", "C", "value")
     ),
+    "gated_short_conv_biased": Case(
+        layers.GatedShortConv, {"tail": (2, DIM)}, ("B", "C", "value"), {"bias": True}
+    ),
     "swiglu": Case(layers.SwiGLU, {}, ("gate", "up")),
+    "gated_linear_attention": Case(
+        layers.GatedLinearAttention, {"state": (4, 4, 8)}, (), {"heads": 4, "gate_rank": 3}
+    ),
+    "mamba2": Case(
+        layers.Mamba2,
+        {"tail": (3, 64 + 2 * 4), "state": (8, 4, 8)},
+        (),
+        {"state_size": 4, "head_dim": 8, "bias": True},
+    ),
+    "mamba2_grouped": Case(
+        layers.Mamba2,
+        {"tail": (2, 48 + 2 * 3 * 5), "state": (6, 5, 8)},
+        (),
+        {"state_size": 5, "inner": 48, "head_dim": 8, "n_groups": 3, "conv_kernel": 3, "conv_bias": False}
+        | {"dt_limit": (0.01, 0.05)},
+    ),
+    "gated_delta_net": Case(
+        layers.GatedDeltaNet,
+        {"tail": (3, 2 * 2 * 6 + 4 * 5), "state": (4, 6, 5)},
+        (),
+        {"key_heads": 2, "value_heads": 4, "key_head_dim": 6, "value_head_dim": 5},
+    ),
+    "gru_scan": Case(layers.GRUScan, {"tail": (3, DIM), "state": (DIM,)}, ()),
+    "gru_scan_blocks": Case(
+        layers.GRUScan, {"tail": (1, 48), "state": (48,)}, (), {"inner": 48, "blocks": 4, "conv_kernel": 2}
+    ),
+    "lstm_scan": Case(
+        layers.LSTMScan, {"tail": (3, DIM), "cell": (DIM,), "state": (DIM,)}, (), {"blocks": 2}
+    ),
 }
-STATES = ("state", "state_a", "state_b")
+STATES = ("state", "state_a", "state_b", "cell")
 
 each_layer = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -133,8 +186,9 @@ def test_decoding_keeps_its_tensors(case: Case) -> None:
     layer, x = case.make(), tokens()
     cache = layer.allocate_cache(2, MAX_LENGTH)
     layer(x[:, :2], cache)
+    layer(x[:, 2:3], cache)
     before = {name: tensor.data_ptr() for name, tensor in (cache.tensors | cache.derived).items()}
-    for t in range(2, MAX_LENGTH):
+    for t in range(3, MAX_LENGTH):
         layer(x[:, t : t + 1], cache)
     assert before == {name: tensor.data_ptr() for name, tensor in (cache.tensors | cache.derived).items()}
 
@@ -230,11 +284,20 @@ def test_meta_device(case: Case) -> None:
 @each_layer
 def test_shared_featurizer_is_the_very_module(case: Case) -> None:
     owner = case.make()
-    user = case.make(featurizer=owner.featurizer)
-    user.output.load_state_dict(owner.output.state_dict())
-    assert user.featurizer is owner.featurizer
-    assert not any(name.startswith("featurizer") for name in user.state_dict())
+    user = case.make(featurizer=owner)
+    assert user.featurizer is owner is owner.featurizer
+    own, whole = user.state_dict(), owner.state_dict()
+    assert set(own) < set(whole)
+    user.load_state_dict({name: whole[name] for name in own})
     assert torch.equal(user(tokens()), owner(tokens()))
+    cache, other = user.allocate_cache(2, MAX_LENGTH), owner.allocate_cache(2, MAX_LENGTH)
+    for piece in tokens().split([5, 1, 2], dim=1):
+        assert torch.equal(user(piece, cache), owner(piece, other))
+
+
+def test_a_featurizer_of_another_class() -> None:
+    with pytest.raises(ValueError, match="featurizer is a SwiGLU; it takes None or another GatedShortConv"):
+        layers.GatedShortConv(DIM, featurizer=layers.SwiGLU(DIM))
 
 
 @each_layer
@@ -260,28 +323,26 @@ def test_given_features_are_used_as_they_are(case: Case) -> None:
 
 def copy_rows(whole: LivLayer, part: LivLayer) -> None:
     """Gives ``part``, which makes fewer groups, the weights of ``whole``."""
-    state = whole.state_dict()
-    for path in ("projection", "selection"):
-        source, target = getattr(whole.featurizer, path, None), getattr(part.featurizer, path, None)
-        if target is None:
-            state.pop(f"featurizer.{path}.weight", None)
-            continue
-        numbers = torch.arange(source.out_features)
-        rows = torch.cat([numbers[source.rows([name])] for name in target.widths])
-        state[f"featurizer.{path}.weight"] = source.weight[rows]
-        if isinstance(whole, layers.Attention) and "featurizer.taps" in state:
-            state["featurizer.taps"] = state["featurizer.taps"][rows]
+    state = {name: tensor for name, tensor in whole.state_dict().items() if name in part.state_dict()}
+    for path, target in part.named_children():
+        if isinstance(target, GroupProjection):
+            source = getattr(whole, path)
+            rows = torch.cat([torch.arange(source.out_features)[source.rows([n])] for n in target.widths])
+            for name, tensor in source.named_parameters():
+                state[f"{path}.{name}"] = tensor[rows]
     part.load_state_dict(state)
 
 
 @each_layer
 def test_groups_that_nobody_makes(case: Case) -> None:
+    with pytest.raises(ValueError, match="given has 'sugar'; it takes groups out of"):
+        case.make()(tokens(), None, {"sugar": tokens()})
+    if not case.shareable:
+        return
     name = case.shareable[0]
     made = tuple(group for group in case.make().groups if group != name)
     with pytest.raises(ValueError, match=f"'{name}' must be given by another layer"):
         case.make(groups=made)(tokens())
-    with pytest.raises(ValueError, match="given has 'sugar'; it takes groups out of"):
-        case.make()(tokens(), None, {"sugar": tokens()})
     with pytest.raises(ValueError, match="groups has 'sugar'; it takes names out of"):
         case.make(groups=("sugar",))
 
@@ -319,6 +380,11 @@ def test_wrong_input(case: Case) -> None:
         layer.allocate_cache(0, 4)
     with pytest.raises(ValueError, match="max_length is True; it takes"):
         layer.allocate_cache(1, True)
+    with pytest.raises(TypeError, match="cache is dict; it takes None or allocate_cache's"):
+        layer(tokens(), {})
+    if case.cache:
+        with pytest.raises(ValueError, match=r"x has a batch of 2; the cache's .* takes 3"):
+            layer(tokens(), layer.allocate_cache(3, MAX_LENGTH))
 
 
 @pytest.mark.parametrize(
@@ -336,6 +402,17 @@ def test_wrong_input(case: Case) -> None:
         (lambda: layers.GatedLongConv(3.5), "GatedLongConv: dim is 3.5"),  # type: ignore[arg-type]
         (lambda: layers.SwiGLU(32, hidden=0), "SwiGLU: hidden is 0"),
         (lambda: layers.RMSNorm(0), "RMSNorm: dim is 0"),
+        (lambda: layers.Attention(32, 4, head_dim=7), "Attention: head_dim is 7; it takes a multiple of 2"),
+        (lambda: layers.Attention(32, 4, rotary=layers.Rotary(frequencies=(1.0,))), "8 channels take 4"),
+        (lambda: layers.SelectiveSSM(32, inner=0), "SelectiveSSM: inner is 0"),
+        (lambda: layers.GatedLinearAttention(32, 3), "heads is 3; it takes a divisor of key_dim = 16"),
+        (lambda: layers.GatedLinearAttention(32, 4, gate_normalizer=0), "gate_normalizer is 0"),
+        (lambda: layers.Mamba2(32, head_dim=7), "head_dim is 7; it takes a divisor of inner = 64"),
+        (lambda: layers.Mamba2(32, head_dim=8, n_groups=3), "n_groups is 3; it takes a divisor of heads = 8"),
+        (lambda: layers.GatedDeltaNet(32, 3), "key_heads is 3; it takes a divisor of dim = 32"),
+        (lambda: layers.GatedDeltaNet(32, 2, 3), "key_heads is 2; it takes a divisor of value_heads = 3"),
+        (lambda: layers.GRUScan(32, blocks=5), "GRUScan: blocks is 5; it takes a divisor of inner = 32"),
+        (lambda: layers.LSTMScan(32, conv_kernel=0), "LSTMScan: conv_kernel is 0"),
     ],
 )
 def test_wrong_sizes(make: Any, message: str) -> None:
@@ -347,23 +424,23 @@ def test_wrong_sizes(make: Any, message: str) -> None:
 
 
 def test_outputs_are_scaled_to_the_depth() -> None:
-    shallow = layers.SwiGLU(256, 512).output.weight
-    deep = layers.SwiGLU(256, 512, residual_layers=16).output.weight
+    shallow = layers.SwiGLU(256, 512).down_proj.weight
+    deep = layers.SwiGLU(256, 512, residual_layers=16).down_proj.weight
     assert math.isclose(shallow.std().item(), 512**-0.5 / 4, rel_tol=0.02)
     assert math.isclose(deep.std().item(), 512**-0.5 / 16, rel_tol=0.02)
 
 
 def test_mambas_initial_values() -> None:
-    featurizer = layers.SelectiveSSM(512, 4).featurizer
-    steps = torch.nn.functional.softplus(featurizer.dt_bias)
+    layer = layers.SelectiveSSM(512, 4)
+    steps = torch.nn.functional.softplus(layer.dt_proj.bias)
     assert 0.9e-3 < steps.min() < 1.5e-3
     assert 0.07 < steps.max() < 0.101
-    assert torch.allclose(featurizer.A_log.exp(), torch.arange(1.0, 5.0).expand(512, 4))
+    assert torch.allclose(layer.A_log.exp(), torch.arange(1.0, 5.0).expand(512, 4))
 
 
 def test_long_kernels_have_unit_norm_and_spread_decays() -> None:
     torch.manual_seed(0)
-    kernel = layers.GatedLongConv(256).featurizer.kernel(8192)
+    kernel = layers.GatedLongConv(256).filter_fn(8192)
     assert kernel.shape == (256, 8192)
     assert 0.5 < kernel.norm(dim=1).median() < 2
     energy = kernel.square().cumsum(1)
@@ -373,7 +450,7 @@ def test_long_kernels_have_unit_norm_and_spread_decays() -> None:
 
 
 def test_long_kernels_do_not_depend_on_the_length_asked_for() -> None:
-    kernel = layers.GatedLongConv(8, dtype=torch.float64).featurizer.kernel
+    kernel = layers.GatedLongConv(8, dtype=torch.float64).filter_fn
     assert torch.allclose(kernel(100)[:, :7], kernel(7), rtol=1e-12, atol=1e-12)
 
 
@@ -381,6 +458,6 @@ def test_rms_norm() -> None:
     norm, x = layers.RMSNorm(8, 1e-5), torch.randn(2, 3, 8)
     expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     assert torch.allclose(norm(x), expected, atol=1e-6)
-    y, total = norm(x, x)
+    y, total = norm(x, residual=x)
     assert torch.equal(total, 2 * x)
     assert torch.allclose(y, norm(2 * x), atol=1e-6)
