@@ -92,7 +92,7 @@ $(VENV)/.compiled: $(SOURCES) $(VENV)/.build-tools
 wheel: $(VENV)/.wheel-tools
 	rm -rf build/lib build/lib.* build/bdist.* build/wheel dist
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w build/wheel .
-	if [ "$$(uname)" = Linux ]; then PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel --quiet repair \
+	if [ "$$(uname)" = Linux ]; then PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair \
 		--exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl; \
 	else mkdir -p dist && cp build/wheel/*.whl dist/; fi
 	$(BIN)/abi3audit --strict dist/*.whl
