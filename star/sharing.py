@@ -20,7 +20,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from star import pools
-from star.pools import LivClass
 
 if TYPE_CHECKING:
     from star.genome import Gene, Genome
@@ -57,13 +56,14 @@ def resolve(genome: Genome) -> tuple[LivPlan, ...]:
     Raises:
         GenomeError: the genome is not valid; the message names the gene.
     """
-    # Whoever asks for one cost of a genome asks for the others too. The entries are part of the key since
-    # classes can be registered at any time.
-    return _resolved(genome, tuple(pools.find(gene.liv_class) for gene in genome.genes))
+    # Whoever asks for one cost of a genome asks for the others too. Which entries the classes have is part of
+    # the key, since classes can be registered at any time.
+    return _resolved(genome, tuple(id(pools.find(gene.liv_class)) for gene in genome.genes))
 
 
 @lru_cache(maxsize=256)
-def _resolved(genome: Genome, known: tuple[LivClass | None, ...]) -> tuple[LivPlan, ...]:
+def _resolved(genome: Genome, entry_ids: tuple[int, ...]) -> tuple[LivPlan, ...]:
+    """`resolve`; the plans hold the entries, so that no id means another one while its plans are kept."""
     genes = genome.require_valid().genes
     entries = [pools.get(gene.liv_class) for gene in genes]
     sources = _feature_sources(genes)

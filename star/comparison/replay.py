@@ -167,6 +167,7 @@ class _Search:
     seed: int
     algorithm: Algorithm
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    front: list[tuple[float, ...]] = field(default_factory=list)
     volumes: list[float] = field(default_factory=list)
     exhausted: bool = False
 
@@ -334,7 +335,12 @@ def _generation(landscape: Landscape, searches: Sequence[_Search], units: _Units
                 search.told(genome, values[genome.key])
         if genomes:
             search.algorithm.select(search.evaluations)
-        search.volumes.append(units.volume(search.evaluations.values(), landscape.objectives))
+        # Which points dominate all others is decided by those that did before, and the new ones.
+        told = (search.evaluations[genome.key] for genome in genomes)
+        new = [objective_vector(item.objectives, landscape.objectives) for item in told if item.ok]
+        vectors = [*search.front, *new]
+        search.front = [vectors[index] for index in non_dominated(vectors)] if vectors else []
+        search.volumes.append(units.volume(search.front))
 
 
 class _Units:
@@ -348,12 +354,10 @@ class _Units:
         self._spread = np.where(spread > 0, spread, 1.0)
         self._measure = HV(ref_point=np.full(points.shape[1], REFERENCE_POINT))
 
-    def volume(self, evaluations: Any, objectives: Sequence[str]) -> float:
-        vectors = [objective_vector(item.objectives, objectives) for item in evaluations if item.ok]
-        if not vectors:
+    def volume(self, front: Sequence[tuple[float, ...]]) -> float:
+        if not front:
             return 0.0
-        points = (np.array(vectors) - self._best) / self._spread
-        return float(self._measure(points[non_dominated(points)]))
+        return float(self._measure((np.array(front) - self._best) / self._spread))
 
 
 def _result(name: str, found: Mapping[tuple[str, int], list[float]], seeds: int) -> Result:

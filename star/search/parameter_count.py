@@ -53,7 +53,7 @@ class ParameterCount:
         for genome in first:
             self._waiting.pop(genome.key, None)
         waiting = list(self._waiting.values())
-        vectors = np.array([vector for _, vector in waiting]).reshape(len(waiting), -1)
+        vectors = np.array([vector for _, vector in waiting]).reshape(len(waiting), len(settings.objectives))
         order = best(vectors, settings.population - len(first))
         chosen = [*first, *(waiting[index][0] for index in order)]
         for genome in chosen:
