@@ -51,6 +51,9 @@ STABLE_TORCH_LIBRARY(star_kernels, m) {
       "long_conv_backward(Tensor dy, Tensor x, Tensor kernel, Tensor? skip) -> (Tensor, Tensor, Tensor)");
   m.def(
       "long_conv_step(Tensor x, Tensor(a!) history, Tensor kernel, Tensor? skip, int position) -> Tensor");
+  m.def(
+      "long_conv_step.tensor(Tensor x, Tensor(a!) history, Tensor kernel, Tensor? skip, Tensor position) "
+      "-> Tensor");
   m.def("gated_long_conv(Tensor b, Tensor c, Tensor x, Tensor kernel, Tensor? skip) -> Tensor");
   m.def(
       "gated_long_conv_backward(Tensor dy, Tensor b, Tensor c, Tensor x, Tensor kernel, Tensor? skip) "
@@ -58,6 +61,9 @@ STABLE_TORCH_LIBRARY(star_kernels, m) {
   m.def(
       "gated_long_conv_step(Tensor b, Tensor c, Tensor x, Tensor(a!) history, Tensor kernel, Tensor? skip, "
       "int position) -> Tensor");
+  m.def(
+      "gated_long_conv_step.tensor(Tensor b, Tensor c, Tensor x, Tensor(a!) history, Tensor kernel, "
+      "Tensor? skip, Tensor position) -> Tensor");
 
   // loss
   m.def(

@@ -17,22 +17,29 @@ from torch import Tensor
 NAMESPACE = "star_kernels"
 
 
-def operator(name: str) -> Any:
-    """The compiled operator itself, ``torch.ops.star_kernels.<name>.default``."""
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
-
-
-def register_fake(name: str, function: Callable[..., Any]) -> None:
-    """Teaches tracing the shapes and dtypes of an operator's results.
+def operator(name: str, overload: str = "default") -> Any:
+    """The compiled operator itself, ``torch.ops.star_kernels.<name>.default``.
 
     Raises:
         ImportError: the shared object is older than these sources and has no such operator.
     """
-    if not hasattr(getattr(torch.ops, NAMESPACE), name):
+    packet = getattr(getattr(torch.ops, NAMESPACE), name, None)
+    if packet is None or overload not in packet.overloads():
         raise ImportError(
-            f"star_kernels._C has no operator {name}: it is older than these sources; build it again "
-            "(make build, or pip install .)"
+            f"star_kernels._C has no operator {name}.{overload}: it is older than these sources; build it "
+            "again (make build, or pip install .)"
         )
+    return getattr(packet, overload)
+
+
+def register_fake(name: str, function: Callable[..., Any]) -> None:
+    """Teaches tracing the shapes and dtypes of an operator's results; ``name`` may end in ".<overload>".
+
+    Raises:
+        ImportError: the shared object is older than these sources and has no such operator.
+    """
+    base, _, overload = name.partition(".")
+    operator(base, overload or "default")
 
     @functools.wraps(function)
     def on_one_device(*arguments: Any) -> Any:

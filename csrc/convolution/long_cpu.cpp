@@ -1,6 +1,7 @@
 // Long causal depthwise convolution on the CPU: checks, allocation, parallel loops, registration.
 #include "../common/tensor.h"
 #include "long_kernels.h"
+#include "position.h"
 
 #include <cmath>
 #include <map>
@@ -151,8 +152,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_long_conv_backward_op(T
   return {g.db, g.dc, g.dx, g.dkernel, g.dskip};
 }
 
+// `positions`: one for all sequences, or one for each.
 Tensor step(const OptionalTensor& b, const OptionalTensor& c, const Tensor& x, const Tensor& history,
-            const Tensor& kernel, const OptionalTensor& skip, int64_t position) {
+            const Tensor& kernel, const OptionalTensor& skip, const std::vector<int64_t>& positions) {
   STD_TORCH_CHECK(x.dim() == 2 && history.dim() == 3 && kernel.dim() == 2,
                   "x must be (B, D), history (B, Lmax, D) and kernel (D, Lk)");
   const int64_t batch = x.size(0), width = x.size(1);
@@ -160,13 +162,13 @@ Tensor step(const OptionalTensor& b, const OptionalTensor& c, const Tensor& x, c
   check_dtype(history, "history", x.scalar_type());
   check_sizes(kernel, "kernel", {width, -1});
   STD_TORCH_CHECK(width <= 1 || history.stride(2) == 1, "history's last dimension must be contiguous");
-  STD_TORCH_CHECK(position >= 0 && position < history.size(1), "position is outside history");
+  for (int64_t position : positions)
+    STD_TORCH_CHECK(position >= 0 && position < history.size(1), "position is outside history");
   LongConvStep call;
   call.dtype = dtype_of(x, "x");
   call.gated = b.has_value();
   call.width = width;
   call.kernel_length = kernel.size(1);
-  call.position = position;
   std::vector<Tensor> kept;
   const auto keep = [&](const Tensor& tensor, const char* name) {
     check_sizes(tensor, name, {batch, width});
@@ -195,20 +197,47 @@ Tensor step(const OptionalTensor& b, const OptionalTensor& c, const Tensor& x, c
   Tensor y = empty_like_shape(x, {batch, width});
   call.y = rows_of(y);
   const int64_t blocks = (width + long_conv_step_block - 1) / long_conv_step_block;
-  // A task of its own for each 64 KiB of history.
-  const int64_t grain = 1 + (1 << 14) / (long_conv_step_block * (position + 1));
-  torch::stable::parallel_for(0, batch * blocks, grain,
-                              [&](int64_t begin, int64_t end) { long_conv_step(call, begin, end); });
+  const int64_t together = positions.size() == 1 ? batch : 1;  // sequences at one position
+  for (size_t i = 0; i < positions.size(); ++i) {
+    call.position = positions[i];
+    // A task of its own for each 64 KiB of history.
+    const int64_t grain = 1 + (1 << 14) / (long_conv_step_block * (call.position + 1));
+    const int64_t first = static_cast<int64_t>(i) * blocks;
+    torch::stable::parallel_for(first, first + together * blocks, grain,
+                                [&](int64_t begin, int64_t end) { long_conv_step(call, begin, end); });
+  }
   return y;
 }
 
+std::vector<int64_t> positions_in(const Tensor& position, int64_t batch) {
+  STD_TORCH_CHECK(position.is_cpu(), "position must be on the CPU");
+  check_position(position, batch);
+  const Tensor values = torch::stable::contiguous(position);
+  std::vector<int64_t> positions(position.dim() == 0 ? 1 : position.size(0));
+  const bool wide = position.scalar_type() == ScalarType::Long;
+  for (size_t i = 0; i < positions.size(); ++i)
+    positions[i] = wide ? static_cast<const int64_t*>(values.data_ptr())[i]
+                        : static_cast<const int32_t*>(values.data_ptr())[i];
+  return positions;
+}
+
 Tensor long_conv_step_op(Tensor x, Tensor history, Tensor kernel, OptionalTensor skip, int64_t position) {
-  return step(std::nullopt, std::nullopt, x, history, kernel, skip, position);
+  return step(std::nullopt, std::nullopt, x, history, kernel, skip, {position});
+}
+
+Tensor long_conv_step_tensor_op(Tensor x, Tensor history, Tensor kernel, OptionalTensor skip, Tensor position) {
+  return step(std::nullopt, std::nullopt, x, history, kernel, skip,
+              positions_in(position, x.dim() > 0 ? x.size(0) : 0));
 }
 
 Tensor gated_long_conv_step_op(Tensor b, Tensor c, Tensor x, Tensor history, Tensor kernel, OptionalTensor skip,
                                int64_t position) {
-  return step(b, c, x, history, kernel, skip, position);
+  return step(b, c, x, history, kernel, skip, {position});
+}
+
+Tensor gated_long_conv_step_tensor_op(Tensor b, Tensor c, Tensor x, Tensor history, Tensor kernel,
+                                      OptionalTensor skip, Tensor position) {
+  return step(b, c, x, history, kernel, skip, positions_in(position, x.dim() > 0 ? x.size(0) : 0));
 }
 
 }  // namespace
@@ -218,7 +247,9 @@ STABLE_TORCH_LIBRARY_IMPL(star_kernels, CPU, m) {
   m.impl("long_conv", TORCH_BOX(&star::long_conv));
   m.impl("long_conv_backward", TORCH_BOX(&star::long_conv_backward_op));
   m.impl("long_conv_step", TORCH_BOX(&star::long_conv_step_op));
+  m.impl("long_conv_step.tensor", TORCH_BOX(&star::long_conv_step_tensor_op));
   m.impl("gated_long_conv", TORCH_BOX(&star::gated_long_conv));
   m.impl("gated_long_conv_backward", TORCH_BOX(&star::gated_long_conv_backward_op));
   m.impl("gated_long_conv_step", TORCH_BOX(&star::gated_long_conv_step_op));
+  m.impl("gated_long_conv_step.tensor", TORCH_BOX(&star::gated_long_conv_step_tensor_op));
 }

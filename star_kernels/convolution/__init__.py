@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from star_kernels import dispatch
-from star_kernels.contracts import Contract, autocast_together
+from star_kernels.contracts import Contract, autocast_together, holds_values
 from star_kernels.convolution import reference
 
 for _name in ("short_conv", "gated_short_conv", "long_conv", "gated_long_conv"):
@@ -257,7 +258,7 @@ def long_conv_step(
     kernel: Tensor,
     skip: Tensor | None = None,
     *,
-    position: int,
+    position: int | Tensor,
     backend: str | None = None,
 ) -> Tensor:
     """One token of :func:`long_conv`; its input is written into ``history`` in place. No gradients.
@@ -267,13 +268,17 @@ def long_conv_step(
         history: (B, Lmax, D) in x's dtype; rows 0 to position-1 hold the inputs so far, row ``position`` is
             written.
         kernel, skip, backend: as in :func:`long_conv`.
-        position: index of this token, 0 <= position < Lmax.
+        position: index of this token, 0 <= position < Lmax: an int, or an int32 or int64 tensor on x's device
+            with one value, () or (1,), or one for each sequence, (B,). A GPU reads a tensor's value when the
+            step runs, so a captured CUDA graph follows it, and the host does not see it: a value outside
+            0 to Lmax - 1 gives y = NaN there and writes nothing.
 
     Returns:
         y (B, D) in x's dtype.
 
     Raises:
-        ValueError, TypeError: an argument of another shape, dtype or device than named above.
+        ValueError, TypeError: an argument of another shape, dtype or device than named above, or, on a CPU,
+            a position outside history.
     """
 
     def check() -> None:
@@ -293,7 +298,7 @@ def gated_long_conv_step(
     kernel: Tensor,
     skip: Tensor | None = None,
     *,
-    position: int,
+    position: int | Tensor,
     backend: str | None = None,
 ) -> Tensor:
     """One token of :func:`gated_long_conv`; b ⊙ x is written into ``history`` in place. No gradients.
@@ -323,13 +328,22 @@ def gated_long_conv_step(
 
 
 def _check_history(
-    call: Contract, history: Tensor, kernel: Tensor, skip: Tensor | None, position: int
+    call: Contract, history: Tensor, kernel: Tensor, skip: Tensor | None, position: int | Tensor
 ) -> None:
     call.tensor("history", history, "B Lmax D")
     call.parameter("kernel", kernel, "D Lk")
     call.optional_parameter("skip", skip, "D")
-    call.count("position", position, at_least=0)
-    if position >= call.dims["Lmax"]:
-        raise ValueError(
-            f"{call.function}: position is {position}; history holds positions below {call.dims['Lmax']}"
-        )
+    if isinstance(position, Tensor):
+        shape = "B" if position.dim() == 1 and position.shape[0] != 1 else "1" if position.dim() else ""
+        call.integers("position", position, shape, (torch.int32, torch.int64))
+        if position.device.type != "cpu" or not holds_values(position):
+            return
+        values = position.reshape(-1).tolist()
+    else:
+        call.count("position", position, at_least=0)
+        values = [position]
+    for value in values:
+        if not 0 <= value < call.dims["Lmax"]:
+            raise ValueError(
+                f"{call.function}: position is {value}; history holds positions 0 to {call.dims['Lmax'] - 1}"
+            )

@@ -185,10 +185,11 @@ def gated_long_conv(b: Tensor, c: Tensor, x: Tensor, kernel: Tensor, skip: Tenso
 
 
 def long_conv_step(
-    x: Tensor, history: Tensor, kernel: Tensor, skip: Tensor | None = None, *, position: int
+    x: Tensor, history: Tensor, kernel: Tensor, skip: Tensor | None = None, *, position: int | Tensor
 ) -> Tensor:
     """See :func:`star_kernels.long_conv_step`."""
-    y: Tensor = _LONG_CONV_STEP(x, history, kernel, skip, position)
+    step = _LONG_CONV_STEP_AT if isinstance(position, Tensor) else _LONG_CONV_STEP
+    y: Tensor = step(x, history, kernel, skip, position)
     return y
 
 
@@ -200,10 +201,11 @@ def gated_long_conv_step(
     kernel: Tensor,
     skip: Tensor | None = None,
     *,
-    position: int,
+    position: int | Tensor,
 ) -> Tensor:
     """See :func:`star_kernels.gated_long_conv_step`."""
-    y: Tensor = _GATED_LONG_CONV_STEP(b, c, x, history, kernel, skip, position)
+    step = _GATED_LONG_CONV_STEP_AT if isinstance(position, Tensor) else _GATED_LONG_CONV_STEP
+    y: Tensor = step(b, c, x, history, kernel, skip, position)
     return y
 
 
@@ -228,10 +230,18 @@ def gated_short_conv_step(
     return y
 
 
+# Steps whose position is a tensor's.
+_LONG_CONV_STEP_AT = operator("long_conv_step", "tensor")
+_GATED_LONG_CONV_STEP_AT = operator("gated_long_conv_step", "tensor")
+
 register_fake("short_conv_step", lambda x, state, weight, bias, silu: x.new_empty(x.shape))
 register_fake("gated_short_conv_step", lambda b, c, x, state, weight, bias: x.new_empty(x.shape))
 register_fake("long_conv_step", lambda x, history, kernel, skip, position: x.new_empty(x.shape))
 register_fake("gated_long_conv_step", lambda b, c, x, history, kernel, skip, position: x.new_empty(x.shape))
+register_fake("long_conv_step.tensor", lambda x, history, kernel, skip, position: x.new_empty(x.shape))
+register_fake(
+    "gated_long_conv_step.tensor", lambda b, c, x, history, kernel, skip, position: x.new_empty(x.shape)
+)
 register_fake("long_conv", _long_conv_fake)
 register_fake("long_conv_backward", _long_conv_backward_fake)
 register_autograd("long_conv", _long_conv_autograd, _long_conv_setup)
@@ -245,7 +255,7 @@ register_fake("gated_short_conv", _gated_short_conv_fake)
 register_fake("gated_short_conv_backward", _gated_short_conv_backward_fake)
 register_autograd("gated_short_conv", _gated_short_conv_autograd, _gated_short_conv_setup)
 
-_ON_CUDA = (short_conv_step, gated_short_conv_step)
+_ON_CUDA = (short_conv_step, gated_short_conv_step, long_conv_step, gated_long_conv_step)
 for _function in (
     short_conv,
     gated_short_conv,

@@ -112,13 +112,29 @@ def gated_short_conv_step(
 
 
 def long_conv_step(
-    x: Tensor, history: Tensor, kernel: Tensor, skip: Tensor | None = None, *, position: int
+    x: Tensor, history: Tensor, kernel: Tensor, skip: Tensor | None = None, *, position: int | Tensor
 ) -> Tensor:
     """See :func:`star_kernels.long_conv_step`."""
+    if isinstance(position, Tensor):
+        return _long_conv_step_at(x, history, kernel, skip, position)
     history[:, position] = x
     taps = min(position + 1, kernel.shape[1])
     recent = history[:, position + 1 - taps : position + 1].to(kernel.dtype)
     y = (recent * kernel[:, :taps].flip(1).mT).sum(1).to(x.dtype)
+    return y if skip is None else y + skip.to(x.dtype) * x
+
+
+def _long_conv_step_at(
+    x: Tensor, history: Tensor, kernel: Tensor, skip: Tensor | None, position: Tensor
+) -> Tensor:
+    """The same at places that only the device knows: the kernel is read backwards from each, 0 elsewhere."""
+    batch, capacity = history.shape[:2]
+    places = position.to(torch.int64).expand(batch)
+    history[torch.arange(batch, device=x.device), places] = x
+    lags = places[:, None] - torch.arange(capacity, device=x.device)
+    known = (lags >= 0) & (lags < kernel.shape[1])
+    taps = F.pad(kernel, (0, 1)).T[torch.where(known, lags, kernel.shape[1])]
+    y = torch.where(known[..., None], taps * history.to(kernel.dtype), 0).sum(1).to(x.dtype)
     return y if skip is None else y + skip.to(x.dtype) * x
 
 
@@ -130,7 +146,7 @@ def gated_long_conv_step(
     kernel: Tensor,
     skip: Tensor | None = None,
     *,
-    position: int,
+    position: int | Tensor,
 ) -> Tensor:
     """See :func:`star_kernels.gated_long_conv_step`."""
     return c * long_conv_step(b * x, history, kernel, skip, position=position)
