@@ -388,7 +388,8 @@ class BuildWithNinja(build_ext):
                 self.build_cuda(target)
         except Unbuildable as reason:
             what, instead = LEFT_OUT[ext.name]
-            print(f"star-kernels: building without {what}: {reason}; {instead}.", file=sys.stderr)
+            if str(reason) != NEEDS_CPU:  # that was said of the CPU operators already
+                print(f"star-kernels: building without {what}: {reason}; {instead}.", file=sys.stderr)
             self.leave_out(ext, target)
 
     def build_cpu(self, target: Path) -> None:
@@ -404,7 +405,7 @@ class BuildWithNinja(build_ext):
             raise Unbuildable("STAR_KERNELS_CUDA=0 asks for that")
         try:
             if not Path(self.get_ext_fullpath("star_kernels._C")).exists():
-                raise Unbuildable("they extend the compiled CPU operators, which are not built")
+                raise Unbuildable(NEEDS_CPU)
             self.run_ninja("ninja_cuda", describe_cuda_build, target)
         except Unbuildable as reason:
             if wanted == "1":
@@ -424,16 +425,18 @@ class BuildWithNinja(build_ext):
         target.unlink(missing_ok=True)
 
 
+NEEDS_CPU = "they extend the compiled CPU operators, which are not built"
 LEFT_OUT = {
     "star_kernels._C": ("compiled CPU operators", "everything works, on slower plain-PyTorch code"),
     "star_kernels._C_cuda": ("CUDA operators", "GPUs are served by the Triton kernels"),
 }
 
-setup(
-    ext_modules=[
-        Extension("star_kernels._C", sources=[], py_limited_api=True, optional=False),
-        Extension("star_kernels._C_cuda", sources=[], py_limited_api=True, optional=False),
-    ],
-    cmdclass={"build_ext": BuildWithNinja},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            Extension("star_kernels._C", sources=[], py_limited_api=True, optional=False),
+            Extension("star_kernels._C_cuda", sources=[], py_limited_api=True, optional=False),
+        ],
+        cmdclass={"build_ext": BuildWithNinja},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )
