@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from star_kernels.cache import ModelCache
+from star_kernels.layers import LivLayer
 
 if TYPE_CHECKING:
     from star.model import StarModel
 
-__all__ = ["DecodeStep", "GraphStep", "give_back", "graph_step", "require_cuda", "take"]
+__all__ = ["DecodeStep", "GraphStep", "give_back", "graph_step", "require_by_row", "require_cuda", "take"]
 
 _ROOM = 256
 """Rooms are multiples of it, so that prompts of many lengths find one graph."""
@@ -51,6 +52,7 @@ class DecodeStep:
     def __init__(
         self, model: StarModel, batch: int, max_length: int, dtype: torch.dtype | None = None
     ) -> None:
+        require_by_row(model)
         weight = model.head_weight
         self.cache: ModelCache = model.allocate_cache(batch, max_length, dtype)
         lengths = torch.zeros(batch, dtype=torch.int64, device=weight.device)
@@ -113,6 +115,18 @@ class GraphStep(DecodeStep):
         self.graph.replay()
         self.cache.skip(1)
         return self.hidden
+
+
+def require_by_row(model: StarModel) -> None:
+    """Raises ValueError unless every layer can put single tokens at each row's own place."""
+    for plan, layer in zip(model.plans, model.layers, strict=True):
+        assert isinstance(layer, LivLayer)
+        has_places = any(spec.kind == "position" for spec in layer.cache_tensors(1))
+        if has_places and not layer.decodes_by_row:
+            raise ValueError(
+                f"LIV {plan.index + 1} ({plan.entry.name}) decodes all rows at one place (its layer has no "
+                "decodes_by_row), so it takes neither padding with a cache nor cuda_graph"
+            )
 
 
 def require_cuda(device: torch.device) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from star.decoding import GraphStep, give_back, take
+from star.decoding import GraphStep, give_back, require_by_row, take
 from star.hf.padding import first_tokens
 from star_kernels.cache import ModelCache
 
@@ -154,6 +154,7 @@ class StarCache(Cache):
 
 def _read_rows(model: StarModel, memory: ModelCache, ids: Tensor, starts: Tensor) -> Tensor:
     """Hidden states of rows that begin at `starts` (B,); zeros at the padding."""
+    require_by_row(model)
     length = ids.shape[1]
     states: Tensor | None = None
     for start in sorted(set(starts.tolist())):
@@ -185,7 +186,6 @@ def _selected(memory: ModelCache, rows: Tensor) -> ModelCache:
             layer.max_length,
             layer.aliased,
             layer.position,
-            layer.derived,
         )
         layers.append(copied)
     selected = ModelCache(layers)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ def load(
         _require_safetensors(Path(source, options.get("subfolder") or ""))
     settings = {**options, "use_safetensors": True, "ignore_mismatched_sizes": True}
     try:
-        model, report = from_pretrained(source, *arguments, output_loading_info=True, **settings)
+        with _report_unsaid(unless=may_differ):
+            model, report = from_pretrained(source, *arguments, output_loading_info=True, **settings)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{source}: not a sound safetensors file: {error}") from error
     mismatched = [] if may_differ else report["mismatched_keys"]
@@ -53,6 +56,21 @@ def load(
             f"from_pretrained: device_map spreads the model over {len(devices)} devices; it takes one device"
         )
     return (model, report) if wants_report else model
+
+
+@contextlib.contextmanager
+def _report_unsaid(*, unless: bool) -> Iterator[None]:
+    """Without transformers' page of what did not fit, which becomes an error of one line."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return unless or "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def _require_safetensors(directory: Path) -> None:

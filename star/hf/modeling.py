@@ -186,12 +186,8 @@ class StarForCausalLM(PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The tokens that the cache has not read, with what else `forward` takes."""
-        if next_sequence_length is None and past_key_values is not None:
-            # The whole sequence so far, or only what is new: the mask, where there is one, tells.
-            seen = past_key_values.get_seq_length()
-            total = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
-            if seen and total == input_ids.shape[1]:
-                next_sequence_length = total - seen
+        if next_sequence_length is None and (places := kwargs.get("cache_position")) is not None:
+            next_sequence_length = min(len(places), input_ids.shape[1])  # how transformers 5.0 says it
         if next_sequence_length is not None:
             input_ids = input_ids[:, input_ids.shape[1] - next_sequence_length :]
         inputs = {name: kwargs[name] for name in ("use_cache", "logits_to_keep") if name in kwargs}

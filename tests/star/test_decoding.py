@@ -71,7 +71,9 @@ def test_a_step_is_the_models_own(genome: str, cache_dtype: torch.dtype | None) 
     for place in range(5, 12):
         token = ids[:, place : place + 1]
         expected = model.hidden(token, memory)
-        torch.testing.assert_close(step(model, token), expected, rtol=1e-4, atol=1e-4)
+        # A cache in bfloat16 rounds what differs in the last digit of float32 to either side.
+        off = 1e-4 if cache_dtype is None else 2e-2
+        torch.testing.assert_close(step(model, token), expected, rtol=off, atol=off)
     assert step.cache.position == 12
     assert step.cache.lengths is not None
     assert step.cache.lengths.tolist() == [12] * 3
@@ -122,6 +124,14 @@ class TestGenerate:
         del model
         gc.collect()
         assert len(decoding._idle) == before - 1
+
+    def test_names_the_layer_that_can_not(
+        self, replayed: type[Replayed], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = model_of("91111-11111")
+        monkeypatch.setattr(type(model.layers[1]), "decodes_by_row", False)
+        with pytest.raises(ValueError, match=r"LIV 2 \(SA-1\) decodes all rows at one place"):
+            model.generate(prompts(), 3, cuda_graph=True)
 
     def test_is_refused_where_there_is_no_gpu(self) -> None:
         with pytest.raises(ValueError, match="the model is on 'cpu'; it takes a CUDA device"):

@@ -100,6 +100,15 @@ class TestGenerate:
             assert generated(model, ids, **options).tolist() != results[0].tolist()
 
 
+def test_a_layer_that_knows_one_place_for_all_rows_takes_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("81111")
+    ids, mask = padded()
+    monkeypatch.setattr(type(model.model.layers[0]), "decodes_by_row", False)
+    with pytest.raises(ValueError, match=r"LIV 1 \(GConv-2\) decodes all rows at one place"):
+        model(ids, attention_mask=mask, use_cache=True)
+    assert generated(model, ids).shape == (3, LENGTH + 8)
+
+
 class TestCache:
     def test_grows_beyond_what_was_asked_for(self) -> None:
         model = model_of(EVERY_CLASS)
@@ -241,13 +250,15 @@ class TestTraining:
         with torch.no_grad():
             assert torch.equal(again(ids).logits, model.eval()(ids).logits)
 
-    def test_embeddings_of_another_size(self) -> None:
+    def test_embeddings_of_another_size(self, tmp_path: Path) -> None:
         model = model_of("71111-91111")
         ids = padded()[0]
         with torch.no_grad():
             before = model(ids).logits
             model.resize_token_embeddings(60, mean_resizing=False)
             after = model(ids).logits
+            model.save_pretrained(tmp_path)
+            assert torch.equal(StarForCausalLM.from_pretrained(tmp_path)(ids).logits, after)
         assert model.config.vocab_size == 60
         assert torch.equal(after[..., : SIZES.vocab_size], before)
         model.train()(ids, labels=ids).loss.backward()
