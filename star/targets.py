@@ -126,6 +126,7 @@ def model_config(
 def _of_run(
     directory: Path, id: int | None, width: int | None, head_dim: int | None, vocab_size: int | None
 ) -> Target:
+    from star.search.budgets import judged
     from star.search.directory import RunDirectory
     from star.search.errors import RunDamaged, RunError
     from star.search.store import RunStore
@@ -139,7 +140,8 @@ def _of_run(
     with RunStore.open(run.database) as store:
         settings = store.settings()
         evaluations = store.evaluations()
-    chosen = best(evaluations, id)
+    # Without an id, the best of those that keep the run's budgets.
+    chosen = best(evaluations if id is not None else judged(evaluations, settings.budgets), id)
     if chosen is None:
         if id is None:
             raise RunError(f"{run} has no successful candidate yet")

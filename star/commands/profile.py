@@ -169,7 +169,7 @@ def _measured(shown: Target, table: ProfileTable) -> dict[str, float]:
 
     say(screen(True), "measuring the whole model", "dim")
     try:
-        return measure_in_process(shown.genome, table.settings.config(), table.settings)
+        return measure_in_process(shown.genome, table)
     except MeasurementError as error:
         raise Failed(str(error)) from error
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from star.config import ModelConfig
 from star.genome import Genome
-from star.measure.errors import MeasurementError
+from star.measure.errors import MeasurementError, OtherDevice
 from star.measure.settings import MeasureSettings
 from star.profile.table import ProfileTable
 
@@ -25,13 +25,28 @@ __all__ = ["measure_in_process", "table_in_process"]
 _TOLD = "measuring: "  # begins a line of stderr that is for people
 
 
-def measure_in_process(genome: Genome, config: ModelConfig, settings: MeasureSettings) -> dict[str, float]:
-    """What `star.measure.whole.measure_genome` gives, from a new process.
+def measure_in_process(genome: Genome, table: ProfileTable) -> dict[str, float]:
+    """What `star.measure.whole.measure_genome` gives, from a new process, on the device of the table and with
+    its settings.
 
     Raises:
-        MeasurementError: it could not be measured; one line says why.
+        OtherDevice: it is not in this machine.
+        MeasurementError: the model could not be measured; one line says why.
     """
-    job = {"job": "whole", "genome": str(genome), "config": config.to_json(), "settings": settings.to_json()}
+    # Only here, so that a search without a device does without torch in its own process.
+    import torch
+
+    from star.measure.device import device_name
+
+    settings = table.settings
+    try:
+        here = device_name(torch.device(settings.device))
+    except (RuntimeError, AssertionError):  # how torch says that there is no such GPU
+        here = f"no {settings.device}"
+    if here != table.device_name:
+        raise OtherDevice(f"the table is of {table.device_name}, and this machine has {here}")
+    config = settings.config().to_json()
+    job = {"job": "whole", "genome": str(genome), "config": config, "settings": settings.to_json()}
     answer = _carry_out(job, lambda line: None)
     return {str(name): float(value) for name, value in answer.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,19 @@ from star.search.objectives import OBJECTIVES, find
 if TYPE_CHECKING:
     from star.search.store import Evaluation
 
-__all__ = ["axis", "change", "count", "difference", "duration", "measured_objectives", "title", "value"]
+__all__ = [
+    "axis",
+    "change",
+    "count",
+    "difference",
+    "duration",
+    "measured_objectives",
+    "sign",
+    "slug",
+    "spoken",
+    "title",
+    "value",
+]
 
 _DECIMAL = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -111,3 +124,21 @@ def _scaled(number: float) -> str:
             digits = 0 if abs(scaled) >= 99.95 else 1 if abs(scaled) >= 9.995 else 2
             return f"{scaled:,.{digits}f} {prefix}"
     return f"{number:g} "
+
+
+def sign(objective: str) -> float:
+    """-1 for an objective of which more is better."""
+    found = find(objective)
+    return -1.0 if found is not None and found.maximised else 1.0
+
+
+def spoken(objective: str, *, capital: bool = True) -> str:
+    """An objective within a sentence: its name, or its title where that is an abbreviation."""
+    found = find(objective)
+    text = found.title if found is not None and found.device else objective
+    return text[:1].upper() + text[1:] if capital else text
+
+
+def slug(objective: str) -> str:
+    """An objective as part of a file's name."""
+    return re.sub("[^a-z0-9]+", "-", objective.lower())

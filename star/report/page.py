@@ -9,6 +9,7 @@ from typing import Any
 from star import pools
 from star.draw import FAMILY_COLOURS, family_colour
 from star.genome import Genome, GenomeError
+from star.report.device import device_section
 from star.report.figures import svg
 from star.report.html import Html, element, join
 from star.report.numbers import change, count, difference, duration, measured_objectives, title, value
@@ -40,6 +41,7 @@ def page(run: RunSummary, plots: Sequence[Plot], backbones: Mapping[int, str]) -
         _header(run),
         _front(run, plots),
         _backbones(run, backbones),
+        _device(run, plots),
         _section(
             "How the search went",
             _PROGRESS,
@@ -120,6 +122,8 @@ def _cards(run: RunSummary) -> list[Html]:
     facts: list[tuple[str, str]] = [(f"{len(run.candidates)}", "candidates trained")]
     if run.failures:
         facts.append((str(len(run.failures)), "failed"))
+    if run.over_budget:
+        facts.append((str(len(run.over_budget)), "over budget"))
     facts.append((str(len(run.front)), "on the front"))
     if run.champion is not None:
         facts.append((value("quality", run.champion.objectives["quality"]), "best bits per byte"))
@@ -282,6 +286,13 @@ def _backbone(item: Evaluation, run: RunSummary, drawing: str) -> Html:
     )
 
 
+def _device(run: RunSummary, plots: Sequence[Plot]) -> Html | None:
+    if run.device is None:
+        return None
+    drawn = _figures([plot for plot in plots if plot.section == "device"])
+    return join(element("h2", "On the device", id="device"), device_section(run.device), drawn)
+
+
 # ---- what went wrong, and what to believe ------------------------------------------------------------
 
 
@@ -340,8 +351,13 @@ def _limits(run: RunSummary) -> Html:
         "mean nothing; that spread was not measured here.",
         "The best of many tries looks better than it is: the winner's quality is partly luck. The same "
         "held-out text chose it and judges it.",
-        "Bits per byte hide what a model can recall from its context. Caches and FLOPs are counted, not "
-        "measured: speed on a device may rank candidates differently.",
+        "Bits per byte hide what a model can recall from its context."
+        if "recall" not in run.settings.objectives
+        else "Recall was measured on a synthetic task; real texts ask for more than one kind of it.",
+        "Caches and FLOPs are counted, not measured: speed on a device may rank candidates differently."
+        if run.device is None
+        else "Values of the device are predicted from single LIVs at batch 1; other batch sizes, other "
+        "software, and a device that is busy or hot may rank candidates differently.",
     ]
     return join(
         element("h2", "What these numbers do not say", id="limits"),
@@ -383,7 +399,7 @@ def _settings(run: RunSummary) -> Html:
     details = element(
         "details",
         element("summary", "All settings"),
-        element("dl", *_definitions(_flat(run.settings.to_json()))),
+        element("dl", *_definitions(_flat({**run.settings.to_json(), "profile": _profile_name(run)}))),
     )
     return join(
         element("h2", "The run", id="run"),
@@ -392,6 +408,12 @@ def _settings(run: RunSummary) -> Html:
         element("pre", _commands(run), class_="command"),
         details,
     )
+
+
+def _profile_name(run: RunSummary) -> str | None:
+    """The device's table, which is long, by its checksum."""
+    table = run.settings.profile
+    return None if table is None else f"{table.checksum[:12]} of {table.device_name}"
 
 
 def _commands(run: RunSummary) -> str:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from star.draw import family_colour
 from star.genome import Genome, GenomeError
 from star.report.figures import THEME, draw, generation_colour, new_figure
-from star.report.numbers import axis
+from star.report.numbers import axis, sign, slug, spoken
 from star.report.summary import LARGEST, RunSummary
+from star.search.budgets import judged
 from star.search.front import candidates, non_dominated
 from star.search.store import Evaluation
 from star.sharing import LivPlan, resolve
@@ -36,7 +37,7 @@ class Plot:
 
     Attributes:
         name: of the PNG file and of the ids inside the SVG: letters, digits and hyphens.
-        section: "front", "progress" or "evolution".
+        section: "front", "progress", "evolution" or "device".
         title, caption: plain text.
     """
 
@@ -80,7 +81,8 @@ def _fronts(run: RunSummary) -> list[Plot]:
 
 def _front(run: RunSummary, x: str, y: str) -> Plot:
     figure, axes = new_figure(height=4.0)
-    for evaluation in candidates(run.evaluations):
+    within = candidates(judged(run.evaluations, run.settings.budgets))
+    for evaluation in within:
         generation = evaluation.generation or 0
         axes.scatter(
             evaluation.objectives[x],
@@ -90,8 +92,21 @@ def _front(run: RunSummary, x: str, y: str) -> Plot:
             edgecolors="none",
             zorder=2,
         )
+    over = [item.objectives for item in run.over_budget]
+    if over:
+        axes.scatter(
+            [item[x] for item in over],
+            [item[y] for item in over],
+            s=16,
+            marker="x",
+            color=THEME["soft"],
+            linewidths=0.9,
+            label="over budget",
+            zorder=1,
+        )
+    _limits(axes, run, x, y)
     points = sorted((item.objectives[x], item.objectives[y], item.id) for item in run.front)
-    _staircase(axes, [(a, b) for a, b, _ in points])
+    _staircase(axes, [(a, b) for a, b, _ in points], (sign(x), sign(y)))
     for a, b, id in points:
         mark = axes.scatter(
             a, b, s=62, facecolors="none", edgecolors=THEME["accent"], linewidths=1.4, zorder=4
@@ -117,24 +132,29 @@ def _front(run: RunSummary, x: str, y: str) -> Plot:
     axes.set_xlabel(axis(x))
     axes.set_ylabel(axis(y))
     _engineering(axes, x, y)
+    _best_at_origin(axes, x, y)
     _generation_key(axes, run.generations)
     searched = x in run.settings.objectives and y in run.settings.objectives
-    note = "" if searched else f" {x.capitalize()} was measured, and not searched for."
+    note = "" if searched else f" {spoken(x)} was measured, and not searched for."
     return Plot(
-        f"front-{x}-{y}",
+        f"front-{slug(x)}-{slug(y)}",
         "front",
-        f"{y.capitalize()} against {x}",
+        f"{spoken(y)} against {spoken(x, capital=False)}",
         "Every candidate, pale in the first generation and strong in the last; rings mark the front, "
         f"down and left is better. Squares, diamonds and triangles are layouts that people designed.{note}",
         figure,
     )
 
 
-def _staircase(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
-    """The border of what the points dominate in these two objectives."""
+def _staircase(
+    axes: Axes, points: Sequence[tuple[float, float]], signs: tuple[float, float] = (1.0, 1.0)
+) -> None:
+    """The border of what the points dominate in these two objectives; a sign of -1: more is better."""
     if len(points) < 2:
         return
-    best = sorted(points[index] for index in non_dominated(points))
+    minimised = [(a * signs[0], b * signs[1]) for a, b in points]
+    ordered = sorted(minimised[index] for index in non_dominated(minimised))
+    best = [(a * signs[0], b * signs[1]) for a, b in ordered]
     axes.step(
         [a for a, _ in best],
         [b for _, b in best],
@@ -144,6 +164,23 @@ def _staircase(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
         alpha=0.55,
         zorder=3,
     )
+
+
+def _limits(axes: Axes, run: RunSummary, x: str, y: str) -> None:
+    """Lines at the budgets."""
+    for name, limit in run.settings.budgets.items():
+        if name == x:
+            axes.axvline(limit, color=THEME["warm"], linewidth=0.9, linestyle=":", label="budget")
+        if name == y:
+            axes.axhline(limit, color=THEME["warm"], linewidth=0.9, linestyle=":", label="budget")
+
+
+def _best_at_origin(axes: Axes, x: str, y: str) -> None:
+    """Turns the axis of what is better the more of it there is, so that down and left is better."""
+    if sign(x) < 0:
+        axes.invert_xaxis()
+    if sign(y) < 0:
+        axes.invert_yaxis()
 
 
 def _generation_key(axes: Axes, generations: int) -> None:
@@ -204,6 +241,7 @@ def _score(run: RunSummary, members: Sequence[Evaluation], name: str) -> Plot:
 
     figure, axes = new_figure()
     best = math.inf
+    side = sign(name)
     medians: list[tuple[int, float]] = []
     bests: list[tuple[int, float]] = []
     for generation in range(run.generations):
@@ -217,9 +255,9 @@ def _score(run: RunSummary, members: Sequence[Evaluation], name: str) -> Plot:
         ordered = sorted(value for value, _ in values)
         middle = len(ordered) // 2
         median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-        best = min(best, ordered[0])
+        best = min(best, *(side * item for item in ordered))
         medians.append((generation + 1, median))
-        bests.append((generation + 1, best))
+        bests.append((generation + 1, side * best))
     axes.plot(*zip(*medians, strict=True), color=THEME["muted"], linewidth=1.4, label="median")
     axes.plot(
         *zip(*bests, strict=True),
@@ -241,11 +279,13 @@ def _score(run: RunSummary, members: Sequence[Evaluation], name: str) -> Plot:
     axes.set_ylabel(axis(name))
     if name != "quality":
         axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
+    if side < 0:
+        axes.invert_yaxis()
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, handlelength=1.4)
     return Plot(
-        f"scores-{name}",
+        f"scores-{slug(name)}",
         "progress",
-        f"{name.capitalize()} by generation",
+        f"{spoken(name)} by generation",
         "Every candidate where it was first trained, their median, and the best so far. Lower is better.",
         figure,
     )

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from star.report.device import DeviceReport, budget_text, device_report
 from star.report.numbers import count, difference, value
+from star.search.budgets import is_over_budget, judged
+from star.search.device import read_measured
 from star.search.directory import RunDirectory
 from star.search.errors import RunDamaged
 from star.search.front import (
@@ -105,6 +108,7 @@ class RunSummary:
         comparisons: one a reference.
         events: the run's diary.
         overhead: (seconds beside training, seconds in all) of the finished generations.
+        device: how the search stands to the device that it was for, or None.
     """
 
     directory: Path
@@ -120,6 +124,12 @@ class RunSummary:
     comparisons: tuple[Comparison, ...]
     events: tuple[StoredEvent, ...]
     overhead: tuple[float, float]
+    device: DeviceReport | None = None
+
+    @property
+    def over_budget(self) -> list[Evaluation]:
+        """Candidates that exceed a budget."""
+        return [item for item in judged(self.candidates, self.settings.budgets) if is_over_budget(item)]
 
     @property
     def finished(self) -> bool:
@@ -181,7 +191,7 @@ class RunSummary:
                 return [(self.status(), None)]
             failed = count(len(self.candidates), "candidate")
             return [(f"Nothing was found: {failed} tried, and none succeeded.", False)]
-        judged: list[tuple[str, bool | None]] = []
+        judged: list[tuple[str, bool | None]] = self._budget_judged()
         if self.generations > 1:
             judged.append((str(self.dominance), self.dominance.holds))
         else:
@@ -193,7 +203,16 @@ class RunSummary:
                 judged += [(text, True) for text in (comparison.savings_sentence(),) if text]
         if not self.comparisons:
             judged.append(("No reference layout was trained, so there is nothing to compare with.", None))
-        return judged
+        return judged + ([] if self.device is None else self.device.judged())
+
+    def _budget_judged(self) -> list[tuple[str, bool | None]]:
+        """How many candidates keep the budgets, in words."""
+        if not self.settings.budgets:
+            return []
+        limits = " and ".join(budget_text(*budget) for budget in self.settings.budgets.items())
+        total = len(candidates(self.evaluations))
+        kept = total - len(self.over_budget)
+        return [(f"{kept} of {count(total, 'candidate')} keep the budget ({limits}).", kept > 0)]
 
     def to_json(self) -> dict[str, Any]:
         """What programs want to know, as plain JSON."""
@@ -214,6 +233,12 @@ class RunSummary:
                 item.name: None if item.quality is None else item.quality < 0 for item in self.comparisons
             },
             "verdicts": self.verdicts(),
+            "budgets": dict(self.settings.budgets),
+            "over_budget": len(self.over_budget),
+            "prediction_error": {} if self.device is None else self.device.errors,
+            "measured_whole": {}
+            if self.device is None
+            else {str(pair.evaluation.id): dict(pair.measured) for pair in self.device.pairs},
             "overhead_seconds": self.overhead[0],
             "seconds": self.overhead[1],
         }
@@ -242,14 +267,16 @@ def read_run(directory: Path | str) -> RunSummary:
     for item in evaluations:
         if any(abs(number) > LARGEST for number in item.objectives.values()):
             raise RunDamaged(f"{run.database} is damaged: evaluation {item.id} has a value beyond {LARGEST}")
+    within = judged(evaluations, settings.budgets)
     try:
-        best_front = tuple(front(evaluations, settings.objectives))
-        dominance = dominates_first_generation(evaluations, settings.objectives)
+        best_front = tuple(front(within, settings.objectives))
+        dominance = dominates_first_generation(within, settings.objectives)
         generations = max((item.generation or 0 for item in candidates(evaluations)), default=-1) + 1
-        volumes = hypervolume_by_generation(evaluations, settings.objectives, generations)
+        volumes = hypervolume_by_generation(within, settings.objectives, generations)
+        device = device_report(settings, best_front, evaluations, read_measured(events))
     except ValueError as error:  # an evaluation lacks what the settings ask for
         raise RunDamaged(f"{run.database} is damaged: {error}") from error
-    champion = best(list(evaluations))
+    champion = best(within)
     return RunSummary(
         directory=run.path,
         settings=settings,
@@ -262,11 +289,12 @@ def read_run(directory: Path | str) -> RunSummary:
         dominance=dominance,
         hypervolumes=tuple(volumes),
         comparisons=tuple(
-            _compare(name, item, evaluations, best_front, champion, settings.objectives)
+            _compare(name, item, within, best_front, champion, settings.objectives)
             for name, item in references.items()
         ),
         events=events,
         overhead=overhead,
+        device=device,
     )
 
 

@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from star import pools
-from star.config import ModelConfig
 from star.genome import Genome
-from star.measure.errors import MeasurementError
+from star.measure.errors import MeasurementError, OtherDevice
 from star.measure.quantities import split
 from star.measure.settings import MeasureSettings
 from star.profile.cached import agrees, find_or_measure
@@ -33,7 +32,7 @@ KIND = "measured"
 """Of the diary's lines that hold what was measured of one candidate."""
 
 FindTable = Callable[..., ProfileTable]
-MeasureWhole = Callable[[Genome, ModelConfig, MeasureSettings], dict[str, float]]
+MeasureWhole = Callable[[Genome, ProfileTable], dict[str, float]]
 
 
 def with_table(
@@ -119,8 +118,10 @@ class WholeModels:
             self.listener(DeviceMeasured(f"candidate {item.id} as a whole"))
             record: dict[str, Any] = {"id": item.id}
             try:
-                genome = Genome.parse(item.key)
-                record["values"] = self.measure(genome, table.settings.config(), table.settings)
+                record["values"] = self.measure(Genome.parse(item.key), table)
+            except OtherDevice as error:  # a search for a device elsewhere; nothing to compare with here
+                self.listener(DeviceMeasured(f"nothing: {error}"))
+                return
             except MeasurementError as error:
                 record |= {"values": {}, "reason": str(error)}
             self.store.append_event(KIND, **record)
