@@ -338,11 +338,13 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     import pyarrow
     from pyarrow import parquet
 
+    data = path.read_bytes()
     try:
-        table = parquet.read_table(path)
+        table = parquet.read_table(io.BytesIO(data))
         _check_columns(path, table.column_names)
         rows: list[dict[str, Any]] = table.to_pylist()
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        # What pyarrow can not make sense of is an OSError too; the file itself has been read by now.
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TableDamaged(f"table {path} is no Parquet file or damaged: {line}") from error
     return rows
