@@ -118,25 +118,27 @@ inline int64_t chunk_slots(const DeviceSequences& sequences) {
 // The block's sequence and channels, and this thread's part in them.
 template <int STATES, int LANES>
 struct Place {
-  static constexpr int channels = scan_threads / LANES;  // a block
+  static constexpr int channels = scan_threads / LANES;  // of a block
   static constexpr int padded = STATES * LANES;          // states of a channel, among all of its lanes
 
-  int64_t sequence, batch, start, end, slot;
-  int64_t group, block, first, width;  // first channel of the block, and its number of channels
+  // 32 bits each, which prepare() has checked to be enough: registers are scarce.
+  int sequence, batch, start, end, slot;
+  int group, block, first, width;      // first channel of the block, and its number of channels
   int lane, channel;                   // of the recurrence
   int row, column;                     // of the tile: the first token and the channel that this thread reads
 
   __device__ __forceinline__ explicit Place(const SelectiveScanCall& call) {
-    const int64_t of_sequence = call.groups * call.blocks, rest = blockIdx.x % of_sequence;
-    sequence = blockIdx.x / of_sequence;
-    batch = call.sequences.batch(sequence);
-    start = call.sequences.start(sequence);
-    end = call.sequences.end(sequence);
-    slot = call.sequences.offsets == nullptr ? sequence * ((call.sequences.length + chunk_tokens - 1) / chunk_tokens)
-                                             : start / chunk_tokens + sequence;
-    group = rest / call.blocks;
-    block = rest % call.blocks;
-    const int64_t of_group = call.width / call.groups, left = of_group - block * channels;
+    const int blocks = static_cast<int>(call.blocks), of_sequence = static_cast<int>(call.groups) * blocks;
+    const int index = static_cast<int>(blockIdx.x), rest = index % of_sequence;
+    sequence = index / of_sequence;
+    batch = static_cast<int>(call.sequences.batch(sequence));
+    start = static_cast<int>(call.sequences.start(sequence));
+    end = static_cast<int>(call.sequences.end(sequence));
+    const int chunks = (static_cast<int>(call.sequences.length) + chunk_tokens - 1) / chunk_tokens;
+    slot = call.sequences.offsets == nullptr ? sequence * chunks : start / chunk_tokens + sequence;
+    group = rest / blocks;
+    block = rest % blocks;
+    const int of_group = static_cast<int>(call.width / call.groups), left = of_group - block * channels;
     first = group * of_group + block * channels;
     width = left < channels ? left : channels;
     lane = static_cast<int>(threadIdx.x) % LANES;
@@ -147,14 +149,14 @@ struct Place {
 
   // This thread's states in a (S, D, N) tensor.
   __device__ __forceinline__ int64_t state(const SelectiveScanCall& call, int i) const {
-    return (sequence * call.width + first + channel) * call.states + lane * STATES + i;
+    return (static_cast<int64_t>(sequence) * call.width + first + channel) * call.states + lane * STATES + i;
   }
   __device__ __forceinline__ bool has_state(const SelectiveScanCall& call, int i) const {
     return channel < width && lane * STATES + i < call.states;
   }
   // This thread's states in `starts`, before the sequence's chunk `chunk`.
-  __device__ __forceinline__ float* kept(const SelectiveScanCall& call, int64_t chunk) const {
-    return call.starts + ((slot + chunk) * call.width + first + channel) * padded + lane * STATES;
+  __device__ __forceinline__ float* kept(const SelectiveScanCall& call, int chunk) const {
+    return call.starts + (static_cast<int64_t>(slot + chunk) * call.width + first + channel) * padded + lane * STATES;
   }
 
   __device__ __forceinline__ void load_states(const SelectiveScanCall& call, const float* from,
@@ -173,7 +175,7 @@ struct Place {
   __device__ __forceinline__ void load_decays(const SelectiveScanCall& call, float (&to)[STATES]) const {
 #pragma unroll
     for (int i = 0; i < STATES; ++i)
-      to[i] = has_state(call, i) ? call.A[(first + channel) * call.states + lane * STATES + i] * log2_e : 0.0f;
+      to[i] = has_state(call, i) ? call.A[static_cast<int64_t>(first + channel) * call.states + lane * STATES + i] * log2_e : 0.0f;
   }
 };
 
@@ -189,13 +191,13 @@ struct Tile {
 
   // Which token of the tile the thread's k-th value is of, and whether there is such a token and its channel.
   static __device__ __forceinline__ int token(const Where& at, int k) { return at.row + k * rows; }
-  static __device__ __forceinline__ bool holds(const Where& at, int64_t time, int k) {
+  static __device__ __forceinline__ bool holds(const Where& at, int time, int k) {
     return token(at, k) < TOKENS && time + token(at, k) < at.end && at.column < at.width;
   }
 
   // Values of one tensor; zeros where there is no token or no channel.
   template <class T>
-  static __device__ __forceinline__ void fetch(const Rows& from, const Where& at, int64_t time, float (&to)[count]) {
+  static __device__ __forceinline__ void fetch(const Rows& from, const Where& at, int time, float (&to)[count]) {
     const T* data = from.row<const T>(at.batch, time + at.row) + at.first + at.column;
 #pragma unroll
     for (int k = 0; k < count; ++k)
@@ -204,7 +206,7 @@ struct Tile {
 
   template <class T>
   static __device__ __forceinline__ void fetch(const Mixes& from, const SelectiveScanCall& call, const Where& at,
-                                               int64_t time, float (&to)[mix_count]) {
+                                               int time, float (&to)[mix_count]) {
     const T* data = static_cast<const T*>(from.data) + at.batch * from.batch_stride + at.group * from.group_stride;
 #pragma unroll
     for (int k = 0; k < mix_count; ++k) {
@@ -225,7 +227,7 @@ struct Tile {
 
   // y = (sum + direct) silu(gate)
   template <class T, int ROWS, int PITCH>
-  static __device__ __forceinline__ void put_outputs(const SelectiveScanCall& call, const Where& at, int64_t time,
+  static __device__ __forceinline__ void put_outputs(const SelectiveScanCall& call, const Where& at, int time,
                                                      const float (&sums)[ROWS][PITCH], const float (&direct)[count],
                                                      const float (&gate)[count]) {
     T* out = call.y.row<T>(at.batch, time + at.row) + at.first + at.column;
@@ -247,7 +249,7 @@ struct alignas(8) Drive {
 // The walk forward. With OUTPUT it writes y and the final state, without it keeps the state before every chunk.
 template <int STATES, int LANES, bool OUTPUT>
 __global__ void __launch_bounds__(scan_threads, 4) selective_scan_kernel(SelectiveScanCall call) {
-  constexpr int tokens = LANES > 16 ? chunk_tokens : 16;
+  constexpr int tokens = LANES == 4 ? 2 * chunk_tokens : chunk_tokens;
   using At = Place<STATES, LANES>;
   using Tiles = Tile<STATES, LANES, tokens>;
   constexpr int pitch = At::channels + 8;  // of outputs: lanes that write several tokens meet other banks
@@ -262,7 +264,7 @@ __global__ void __launch_bounds__(scan_threads, 4) selective_scan_kernel(Selecti
   const float bias = at.column < at.width ? call.dt_bias.at(at.first + at.column, 0.0f) : 0.0f;
   const float skip = OUTPUT && at.column < at.width ? call.D.at(at.first + at.column, 0.0f) : 0.0f;
   float x[Tiles::count], dt[Tiles::count], z[Tiles::count] = {}, mixB[Tiles::mix_count], mixC[Tiles::mix_count];
-  const auto fetch = [&](int64_t time) {
+  const auto fetch = [&](int time) {
     STAR_WITH_DTYPE(call.dtype, T, {
       Tiles::template fetch<T>(call.x, at, time, x);
       Tiles::template fetch<T>(call.dt, at, time, dt);
@@ -272,7 +274,7 @@ __global__ void __launch_bounds__(scan_threads, 4) selective_scan_kernel(Selecti
     });
   };
   if (at.start < at.end) fetch(at.start);
-  for (int64_t time = at.start; time < at.end; time += tokens) {
+  for (int time = at.start; time < at.end; time += tokens) {
     float direct[Tiles::count], gate[Tiles::count];
 #pragma unroll
     for (int k = 0; k < Tiles::count; ++k) {
@@ -365,6 +367,8 @@ inline SelectiveScanCall prepare(DeviceArguments& arguments, const SelectiveScan
   call.D = arguments.weight(in.D, "D", {width});
   call.dt_bias = arguments.weight(in.dt_bias, "dt_bias", {width});
   call.initial = arguments.floats(in.initial_state, "initial_state", {call.sequences.count, width, states});
+  for (int64_t size : {width, length + scan_threads, chunk_slots(call.sequences)})
+    STD_TORCH_CHECK(size <= INT32_MAX, "x is larger than the CUDA kernel takes");
   return call;
 }
 

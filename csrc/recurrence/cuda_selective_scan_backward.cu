@@ -48,15 +48,17 @@ struct Backward {
     float y[tokens][pitch], du[tokens][pitch], ddelta[tokens][pitch];
     float mix[warps][tokens][2 * At::padded];  // dB, then dC
     float sums[2][scan_threads];
+    // What each thread needs of its own tokens when their gradients are written: here it spares registers.
+    float x[count][scan_threads], slope[count][scan_threads], z[count][scan_threads], dout[count][scan_threads];
   };
 
   // A chunk's share of one thread, as it comes from memory.
   struct Fetched {
     float x[count], dt[count], z[count], dy[count], B[mix_count], C[mix_count], h[STATES];
 
-    __device__ __forceinline__ void fetch(const SelectiveScanBackwardCall& call, const At& at, int64_t chunk) {
+    __device__ __forceinline__ void fetch(const SelectiveScanBackwardCall& call, const At& at, int chunk) {
       const SelectiveScanCall& forward = call.forward;
-      const int64_t time = at.start + chunk * tokens;
+      const int time = at.start + chunk * tokens;
       STAR_WITH_DTYPE(forward.dtype, T, {
         Tiles::template fetch<T>(forward.x, at, time, x);
         Tiles::template fetch<T>(forward.dt, at, time, dt);
@@ -69,11 +71,6 @@ struct Backward {
       for (int i = 0; i < STATES; ++i) h[i] = 0.0f;
       if (at.channel < at.width) load<STATES>(at.kept(forward, chunk), h);
     }
-  };
-
-  // What a thread needs of its tokens when their gradients are written.
-  struct Own {
-    float x[count], slope[count], z[count], dy[count];
   };
 
   static __device__ __forceinline__ void put_mixes(float (&values)[mix_batch * mixes], const At& at, int first,
@@ -150,19 +147,21 @@ struct Backward {
   }
 
   // Puts the chunk into shared memory.
-  static __device__ __forceinline__ void stage(const SelectiveScanCall& call, const At& at, int64_t time,
-                                               const Fetched& next, float bias, Own& own, Shared& shared) {
+  static __device__ __forceinline__ void stage(const SelectiveScanCall& call, const At& at, int time,
+                                               const Fetched& next, float bias, Shared& shared) {
 #pragma unroll
     for (int k = 0; k < count; ++k) {
       const int token = Tiles::token(at, k);
-      float delta = next.dt[k] + bias, dy = next.dy[k];
-      own.slope[k] = 1.0f;
-      if (call.softplus) delta = softplus_with_slope(delta, own.slope[k]);
+      float delta = next.dt[k] + bias, dy = next.dy[k], slope = 1.0f;
+      if (call.softplus) delta = softplus_with_slope(delta, slope);
       if (!Tiles::holds(at, time, k)) delta = 0.0f;
-      own.x[k] = next.x[k];
-      own.dy[k] = next.dy[k];
-      own.z[k] = next.z[k];
-      if (call.z.data != nullptr) dy *= own.z[k] * fast_divide(1.0f, 1.0f + fast_exp(-own.z[k]));
+      shared.x[k][threadIdx.x] = next.x[k];
+      shared.slope[k][threadIdx.x] = slope;
+      shared.dout[k][threadIdx.x] = dy;
+      if (call.z.data != nullptr) {
+        shared.z[k][threadIdx.x] = next.z[k];
+        dy *= next.z[k] * fast_divide(1.0f, 1.0f + fast_exp(-next.z[k]));
+      }
       if (token >= tokens) continue;
       shared.drive[token][at.column] = Drive{delta, delta * next.x[k]};
       shared.dy[token][at.column] = dy;
@@ -172,30 +171,30 @@ struct Backward {
   }
 
   template <class T>
-  static __device__ __forceinline__ void write(const SelectiveScanBackwardCall& call, const At& at, int64_t time,
-                                               const Own& own, float D, float& dD, float& dbias, Shared& shared) {
-    const int64_t channel = at.first + at.column;
+  static __device__ __forceinline__ void write(const SelectiveScanBackwardCall& call, const At& at, int time,
+                                               float D, float& dD, float& dbias, const Shared& shared) {
+    const int channel = at.first + at.column;
 #pragma unroll
     for (int k = 0; k < count; ++k) {
       if (!Tiles::holds(at, time, k)) continue;
       const int token = Tiles::token(at, k);
-      const float du = shared.du[token][at.column], dy = shared.dy[token][at.column];
-      const float draw = (shared.ddelta[token][at.column] * ln_2 + du * own.x[k]) * own.slope[k];
+      const float du = shared.du[token][at.column], dy = shared.dy[token][at.column], x = shared.x[k][threadIdx.x];
+      const float draw = (shared.ddelta[token][at.column] * ln_2 + du * x) * shared.slope[k][threadIdx.x];
       dbias += draw;
-      dD += dy * own.x[k];
+      dD += dy * x;
       const float dx = du * shared.drive[token][at.column].delta + D * dy;
       call.dx.row<T>(at.batch, time + token)[channel] = from_float<T>(dx);
       call.ddt.row<T>(at.batch, time + token)[channel] = from_float<T>(draw);
       if (call.forward.z.data == nullptr) continue;
-      const float y = shared.y[token][at.column] + D * own.x[k];
-      const float open = fast_divide(1.0f, 1.0f + fast_exp(-own.z[k]));
-      const float dz = own.dy[k] * y * open * (1.0f + own.z[k] * (1.0f - open));
+      const float y = shared.y[token][at.column] + D * x, z = shared.z[k][threadIdx.x];
+      const float open = fast_divide(1.0f, 1.0f + fast_exp(-z));
+      const float dz = shared.dout[k][threadIdx.x] * y * open * (1.0f + z * (1.0f - open));
       call.dz.row<T>(at.batch, time + token)[channel] = from_float<T>(dz);
     }
   }
 
   static __device__ __forceinline__ void write_mixes(const SelectiveScanBackwardCall& call, const At& at,
-                                                     int64_t time, const Shared& shared) {
+                                                     int time, const Shared& shared) {
     const SelectiveScanCall& forward = call.forward;
     for (int index = static_cast<int>(threadIdx.x); index < tokens * 2 * At::padded; index += scan_threads) {
       const int token = index / (2 * At::padded), value = index % (2 * At::padded), state = value % At::padded;
@@ -221,13 +220,14 @@ struct Backward {
       dD += shared.sums[0][thread];
       dbias += shared.sums[1][thread];
     }
-    call.dD[at.sequence * call.forward.width + at.first + at.column] = dD;
-    call.dbias[at.sequence * call.forward.width + at.first + at.column] = dbias;
+    const int64_t channel = at.sequence * call.forward.width + at.first + at.column;
+    call.dD[channel] = dD;
+    call.dbias[channel] = dbias;
   }
 };
 
 template <int STATES, int LANES>
-__global__ void __launch_bounds__(scan_threads, 3) selective_scan_backward_kernel(SelectiveScanBackwardCall call) {
+__global__ void __launch_bounds__(scan_threads, LANES == 1 ? 2 : 3) selective_scan_backward_kernel(SelectiveScanBackwardCall call) {
   using Pass = Backward<STATES, LANES>;
   constexpr int tokens = Pass::tokens;
   __shared__ typename Pass::Shared shared;
@@ -243,13 +243,12 @@ __global__ void __launch_bounds__(scan_threads, 3) selective_scan_backward_kerne
   for (int i = 0; i < STATES; ++i) dA[i] = 0.0f;
 
   typename Pass::Fetched next{};
-  int64_t chunk = (at.end - at.start + tokens - 1) / tokens - 1;
+  int chunk = (at.end - at.start + tokens - 1) / tokens - 1;
   if (chunk >= 0) next.fetch(call, at, chunk);
   for (; chunk >= 0; --chunk) {
-    const int64_t time = at.start + chunk * tokens;
-    typename Pass::Own own;
+    const int time = at.start + chunk * tokens;
     float h[tokens + 1][STATES], a[tokens][STATES];
-    Pass::stage(forward, at, time, next, bias, own, shared);
+    Pass::stage(forward, at, time, next, bias, shared);
 #pragma unroll
     for (int i = 0; i < STATES; ++i) h[0][i] = next.h[i];
     __syncthreads();
@@ -257,7 +256,7 @@ __global__ void __launch_bounds__(scan_threads, 3) selective_scan_backward_kerne
     Pass::recompute(at, A, forward.z.data != nullptr, h, a, shared);
     Pass::retrace(at, A, h, a, carry, dA, shared);
     __syncthreads();
-    STAR_WITH_DTYPE(forward.dtype, T, Pass::template write<T>(call, at, time, own, D, dD, dbias, shared));
+    STAR_WITH_DTYPE(forward.dtype, T, Pass::template write<T>(call, at, time, D, dD, dbias, shared));
     Pass::write_mixes(call, at, time, shared);
   }
   at.store_states(forward, carry, call.dinitial);

@@ -107,7 +107,7 @@ __global__ void cell_step_kernel(CellStepCall call) {
   if (place.batch >= call.batch) return;
   float h[N], c[N], x[3][N], a[3][N];
   load<N>(call.state.at(place), h);
-  if (LSTM) load<N>(call.cell.at(place), c);
+  if constexpr (LSTM) load<N>(call.cell.at(place), c);
 #pragma unroll
   for (int k = 0; k < 3; ++k) {
     load<N>(call.x[k].template row<const T>(place.batch, 0) + place.channel, x[k]);
@@ -116,11 +116,19 @@ __global__ void cell_step_kernel(CellStepCall call) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const float inputs[3] = {x[0][i], x[1][i], x[2][i]}, weights[3] = {a[0][i], a[1][i], a[2][i]};
-    if (LSTM) lstm_token(inputs, weights, h[i], c[i]);
-    else gru_token(inputs, weights, h[i]);
+    if constexpr (LSTM) {
+      float state[2] = {h[i], c[i]};
+      LstmCell(inputs, weights, state).advance(state);
+      h[i] = state[0];
+      c[i] = state[1];
+    } else {
+      float state[1] = {h[i]};
+      GruCell(inputs, weights, state).advance(state);
+      h[i] = state[0];
+    }
   }
   store<N>(h, call.state.at(place));
-  if (LSTM) store<N>(c, call.cell.at(place));
+  if constexpr (LSTM) store<N>(c, call.cell.at(place));
   store<N>(h, call.h.row<T>(place.batch, 0) + place.channel);
 }
 

@@ -172,9 +172,9 @@ register_fake("lstm_scan_step", lambda xf, *others: xf.new_empty(xf.shape))
 register_autograd("lstm_scan", _lstm_autograd, _setup)
 
 for _name, _function, _cuda in (
-    ("gru_scan", gru_scan, False),
+    ("gru_scan", gru_scan, True),
     ("gru_scan_step", gru_scan_step, True),
-    ("lstm_scan", lstm_scan, False),
+    ("lstm_scan", lstm_scan, True),
     ("lstm_scan_step", lstm_scan_step, True),
 ):
     dispatch.register_compiled(_name, _function, cuda=_cuda)
