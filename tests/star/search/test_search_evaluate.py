@@ -76,6 +76,34 @@ def test_divergence_is_a_failed_candidate(settings: SearchSettings, given: dict[
     assert "objectives" not in result
 
 
+def test_recall_is_measured_where_it_is_searched(settings: SearchSettings, given: dict[str, Any]) -> None:
+    """A mixer of tokens learns to recall in a few steps what a memoryless unit can not."""
+    recall = {**given["recall"], "task": "mqar:vocab_size=8,length=8,pairs=2", "steps": 60, "warmup_steps": 6}
+    searched = {**given, "objectives": ["quality", "recall"], "recall": recall}
+    scores = {}
+    for text in ("21111-91111", "91111-91111"):
+        result = evaluate(text, searched, 0, None)
+        assert result["status"] == "ok", result["reason"]
+        assert 0 <= result["objectives"]["recall"] <= 1
+        assert result["seconds"] > 0
+        scores[text] = result["objectives"]["recall"]
+        # The training on text does not notice.
+        assert result["objectives"]["quality"] == evaluate(text, given, 0, None)["objectives"]["quality"]
+    assert scores["21111-91111"] < scores["91111-91111"] - 0.1
+    assert evaluate("21111-91111", searched, 3, None)["objectives"]["recall"] == scores["21111-91111"]
+
+
+def test_recall_that_can_not_be_measured_is_a_failed_candidate(given: dict[str, Any]) -> None:
+    wild = {**given["recall"], "learning_rate": 1e3, "warmup_steps": 0, "steps": 30}
+    proxy = {**given["proxy"], "gradient_clip": 1e30}
+    result = evaluate(
+        "11111-91111", {**given, "objectives": ["recall"], "recall": wild, "proxy": proxy}, 0, None
+    )
+    assert result["status"] == "failed"
+    assert result["reason"].startswith("recall: diverged")
+    assert result["curve"]
+
+
 def test_what_is_no_candidates_fault_stops_the_search(given: dict[str, Any], tmp_path: Path) -> None:
     text = str(Genome.parse("91111"))
     with pytest.raises(RunError, match="not the one that the search began with"):
