@@ -73,36 +73,16 @@ def gated_long_conv(
     if cache is None:
         return convolution.gated_long_conv(b, c, x, kernel, skip)
     history = cache.tensors[name]
-    if cache.goes_by_row(x):
-        return _gated_long_conv_by_row(b, c, x, kernel, skip, cache, name)
-    if x.shape[1] == 1 and history.dtype == x.dtype:
+    if x.shape[1] == 1 and (cache.lengths is not None or history.dtype == x.dtype):
+        position = cache.position if cache.lengths is None else cache.lengths
         # An aliased history gets the very products that its owner wrote.
-        y = convolution.gated_long_conv_step(
-            b[:, 0], c[:, 0], x[:, 0], history, kernel, skip, position=cache.position
-        )
+        held = history.to(x.dtype)
+        y = convolution.gated_long_conv_step(b[:, 0], c[:, 0], x[:, 0], held, kernel, skip, position=position)
+        if held is not history:
+            cache.write(name, b * x)
         return y.unsqueeze(1)
     products = cache.extend(name, b * x)
     return c * convolution.long_conv(products, kernel, skip)[:, cache.position :]
-
-
-def _gated_long_conv_by_row(
-    b: Tensor, c: Tensor, x: Tensor, kernel: Tensor, skip: Tensor, cache: LayerCache, name: str
-) -> Tensor:
-    """One token a row, each at its own place, which is known on the device alone.
-
-    y_t = Σ_s kernel_{t-s} ⊙ h_s for t = cache.lengths[row]: the kernel is read backwards from every row's
-    place, and is zero for what lies behind it.
-    """
-    product = b * x
-    cache.write(name, product)
-    history = cache.tensors[name]
-    product = product.to(history.dtype).to(x.dtype)  # as the history holds it
-    assert cache.lengths is not None
-    lags = cache.lengths[:, None] - torch.arange(history.shape[1], device=x.device)
-    taps = kernel.T[lags.clamp(0, kernel.shape[1] - 1)]
-    known = (lags >= 0) & (lags < kernel.shape[1])
-    sums = torch.where(known[..., None], taps * history.to(kernel.dtype), 0).sum(1, keepdim=True)
-    return c * (sums + skip * product).to(x.dtype)
 
 
 def selective_scan(
