@@ -18,18 +18,8 @@ NAMESPACE = "star_kernels"
 
 
 def operator(name: str, overload: str = "default") -> Any:
-    """The compiled operator itself, ``torch.ops.star_kernels.<name>.default``.
-
-    Raises:
-        ImportError: the shared object is older than these sources and has no such operator.
-    """
-    packet = getattr(getattr(torch.ops, NAMESPACE), name, None)
-    if packet is None or overload not in packet.overloads():
-        raise ImportError(
-            f"star_kernels._C has no operator {name}.{overload}: it is older than these sources; build it "
-            "again (make build, or pip install .)"
-        )
-    return getattr(packet, overload)
+    """The compiled operator itself, ``torch.ops.star_kernels.<name>.<overload>``."""
+    return getattr(getattr(getattr(torch.ops, NAMESPACE), name), overload)
 
 
 def register_fake(name: str, function: Callable[..., Any]) -> None:
@@ -39,7 +29,12 @@ def register_fake(name: str, function: Callable[..., Any]) -> None:
         ImportError: the shared object is older than these sources and has no such operator.
     """
     base, _, overload = name.partition(".")
-    operator(base, overload or "default")
+    packet = getattr(getattr(torch.ops, NAMESPACE), base, None)
+    if packet is None or (overload or "default") not in packet.overloads():
+        raise ImportError(
+            f"star_kernels._C has no operator {name}: it is older than these sources; build it again "
+            "(make build, or pip install .)"
+        )
 
     @functools.wraps(function)
     def on_one_device(*arguments: Any) -> Any:

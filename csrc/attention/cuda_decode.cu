@@ -83,7 +83,7 @@ struct PackedForm {
   static constexpr int entries = groups * ROWS;      // that a warp takes at once
   static constexpr int least = 2 * warps * entries;  // that another split is worth
   // Blocks on a multiprocessor at once: bounds registers, and these the entries on their way.
-  static constexpr int together = HEADS * PACKS > 4 ? 3 : 4;
+  static constexpr int together = HEADS > 4 ? 2 : PACKS > 1 ? 3 : 4;
 
   // The columns of an entry lie as the lanes need them, four by four: lane after lane for the first four of
   // each pack, then for the next four.
@@ -499,7 +499,7 @@ void run_with_heads(DecodeCall& call, const Tensor& q, int64_t batch) {
   constexpr bool wide = sizeof(T) == 4 || LANES == 32;  // four heads are as many as registers are for
   if (call.group == 1) return run_packed<T, LANES, PACKS, 1, 4 / PACKS>(call, q, batch);
   if (call.group <= 4 || wide) return run_packed<T, LANES, PACKS, 4, 4 / PACKS>(call, q, batch);
-  return run_packed<T, LANES, PACKS, (wide ? 4 : 8), (wide ? 4 / PACKS : 2)>(call, q, batch);
+  return run_packed<T, LANES, PACKS, (wide ? 4 : 8), 4 / PACKS>(call, q, batch);
 }
 
 template <class T>

@@ -230,10 +230,6 @@ def gated_short_conv_step(
     return y
 
 
-# Steps whose position is a tensor's.
-_LONG_CONV_STEP_AT = operator("long_conv_step", "tensor")
-_GATED_LONG_CONV_STEP_AT = operator("gated_long_conv_step", "tensor")
-
 register_fake("short_conv_step", lambda x, state, weight, bias, silu: x.new_empty(x.shape))
 register_fake("gated_short_conv_step", lambda b, c, x, state, weight, bias: x.new_empty(x.shape))
 register_fake("long_conv_step", lambda x, history, kernel, skip, position: x.new_empty(x.shape))
@@ -242,6 +238,9 @@ register_fake("long_conv_step.tensor", lambda x, history, kernel, skip, position
 register_fake(
     "gated_long_conv_step.tensor", lambda b, c, x, history, kernel, skip, position: x.new_empty(x.shape)
 )
+# The steps at positions that are in tensors.
+_LONG_CONV_STEP_AT = operator("long_conv_step", "tensor")
+_GATED_LONG_CONV_STEP_AT = operator("gated_long_conv_step", "tensor")
 register_fake("long_conv", _long_conv_fake)
 register_fake("long_conv_backward", _long_conv_backward_fake)
 register_autograd("long_conv", _long_conv_autograd, _long_conv_setup)
@@ -255,7 +254,14 @@ register_fake("gated_short_conv", _gated_short_conv_fake)
 register_fake("gated_short_conv_backward", _gated_short_conv_backward_fake)
 register_autograd("gated_short_conv", _gated_short_conv_autograd, _gated_short_conv_setup)
 
-_ON_CUDA = (short_conv_step, gated_short_conv_step, long_conv_step, gated_long_conv_step)
+_ON_CUDA = (
+    short_conv,
+    gated_short_conv,
+    short_conv_step,
+    gated_short_conv_step,
+    long_conv_step,
+    gated_long_conv_step,
+)
 for _function in (
     short_conv,
     gated_short_conv,
