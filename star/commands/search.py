@@ -43,12 +43,8 @@ def search(
     ] = None,
     text_column: Annotated[str | None, _preset("Column of a table that holds the text.", _TEXT)] = None,
     tokenizer: Annotated[str | None, _preset("A tokenizers JSON file; bytes by default.", _TEXT)] = None,
-    objectives: Annotated[
-        str | None, _preset("quality, size, cache, flops, recall: with commas.", _SEARCH)
-    ] = None,
-    algorithm: Annotated[
-        str | None, _preset("nsga2, ga, regularised, random or parameters.", _SEARCH)
-    ] = None,
+    objectives: Annotated[str | None, _preset("Like quality,size,cache,recall,ttft.", _SEARCH)] = None,
+    algorithm: Annotated[str | None, _preset("nsga2, ga, regularised, random, …", _SEARCH)] = None,
     depth: Annotated[int | None, _preset("LIVs of a backbone.", _SEARCH)] = None,
     width: Annotated[int | None, _preset("Model width.", _SEARCH)] = None,
     head_dim: Annotated[int | None, _preset("Width of an attention head.", _SEARCH)] = None,

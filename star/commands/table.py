@@ -99,7 +99,7 @@ def _settings(preset_name: str, count: int, seed: int, workers: int | None) -> S
 def _train(settings: SearchSettings, directory: Path, console: Console) -> None:
     """The search, or the rest of it."""
     from star.commands.progress import SearchProgress
-    from star.search import RunStore, resume
+    from star.search import RunStore, SearchInterrupted, resume
     from star.search import search as begin_search
 
     progress = SearchProgress(console)
@@ -111,10 +111,12 @@ def _train(settings: SearchSettings, directory: Path, console: Console) -> None:
                     resume(directory, workers=settings.workers, on_event=progress)
                 else:
                     begin_search(settings, directory, on_event=progress)
+            except SearchInterrupted:
+                raise
             except Exception:
                 with reported(started=progress.started):
                     raise
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SearchInterrupted):
         raise Stopped("table stopped; the same command goes on with it") from None
 
 

@@ -19,9 +19,12 @@ from star.commands import app
 from star.commands.errors import Failed, one_line
 from star.commands.search import carry_out
 
-COMMANDS = ("search", "resume", "report", "show", "train", "generate", "export", "eval", "bench")
+COMMANDS = (
+    *("search", "resume", "report", "show", "train", "table", "compare"),
+    *("generate", "export", "eval", "bench"),
+)
 GENOME = "21211-31112-21221-32112"
-SCREEN_LINES = 50
+SCREEN_LINES = 58  # of a window that fills a screen
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 # As small as a real search can be.
 TINY = (
@@ -124,6 +127,10 @@ class TestWrongInput:
             (("search", "--classes", "one"), "takes numbers and ranges"),
             (("search", "--classes", "1-99999999999"), "takes numbers from 1 to 99"),
             (("search", "--engine", "magic"), "engine is 'magic', takes local or ray"),
+            (
+                ("search", "--algorithm", "magic"),
+                "algorithm is 'magic', takes nsga2, ga, regularised, random",
+            ),
             (("search", "--length", "0"), "length is 0"),
             (("search", "--colour", "red"), "--colour"),
             (("resume", "missing"), "run directory missing does not exist"),
