@@ -79,6 +79,7 @@ CASES = [
     *both("many-chunks", 1, 300, 8, 3, bias=True, state=True, interpreted=False),
     *both("two-spans", 1, 35, 70, 3, bias=True, state=True),
     *both("nine-taps", 1, 20, 5, 9, bias=True, state=True),
+    *both("wide-packed", 1, 70, 264, 3, bias=True, state=True, packed=(0, 33, 33, 34, 70), interpreted=False),
     Case(
         "short_conv",
         "silu",
