@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,7 @@ class Case:
     """One layer, what its cache holds (name -> shape after the batch), and which groups can be given."""
 
     layer: Any
-    cache: dict[str, tuple[int, ...]]
+    cache: Mapping[str, tuple[int, ...]]
     shareable: tuple[str, ...]
     arguments: dict[str, Any] = field(default_factory=dict)
 
