@@ -112,18 +112,26 @@ def both(name: str, *sizes: int, interpreted: bool = True, **situation: Any) -> 
 
 
 def cells(
-    name: str, batch: int, length: int, width: int, *, state: bool = False, interpreted: bool = True
+    name: str,
+    batch: int,
+    length: int,
+    width: int,
+    *,
+    state: bool = False,
+    weight: float = 1.0,
+    interpreted: bool = True,
 ) -> list[Case]:
-    """The GRU and the LSTM in one situation."""
+    """The GRU and the LSTM in one situation; Newton's iterations fail with large weights."""
 
     def gru(draw: Maker) -> dict[str, Any]:
         arguments: dict[str, Any] = {n: draw.normal(batch, length, width) for n in ("xz", "xr", "xh")}
-        arguments |= {n: draw.normal(width) for n in ("az", "ar", "ah")}
+        arguments |= {n: draw.normal(width, scale=weight) for n in ("az", "ar", "ah")}
         return arguments | options(draw, batch, (width,), state, None)
 
     def lstm(draw: Maker) -> dict[str, Any]:
         arguments: dict[str, Any] = {n: draw.normal(batch, length, width) for n in ("xf", "xo", "xz")}
-        return arguments | {n: draw.normal(width) for n in ("af", "ao", "az")} | {"return_final_state": state}
+        arguments |= {n: draw.normal(width, scale=weight) for n in ("af", "ao", "az")}
+        return arguments | {"return_final_state": state}
 
     return [
         Case("gru_scan", name, gru, float32=frozenset({"initial_state"}), interpreted=interpreted),
@@ -166,6 +174,7 @@ CASES = [
             ("one-state", selective(3, 33, 5, 1, softplus=True), WEIGHTS),
             ("groups", selective(2, 35, 24, 5, 3, **EVERYTHING), WEIGHTS),
             ("blocks", selective(1, 34, 130, 3, **EVERYTHING), WEIGHTS),
+            ("many-states", selective(2, 19, 6, 40, **EVERYTHING), WEIGHTS),
         )
     ),
     Case("selective_scan", "one-group", selective(1, 5, 6, 1, 1, skip=True)),
@@ -202,6 +211,8 @@ CASES = [
     *cells("plain", 2, 37, 19, interpreted=False),
     *cells("state", 2, 21, 16, state=True, interpreted=False),
     *cells("blocks", 1, 12, 150, state=True, interpreted=False),
+    *cells("tiles", 1, 150, 5, state=True, interpreted=False),
+    *cells("not-contracting", 1, 150, 5, state=True, weight=4.0, interpreted=False),
     *cells("one-token", 2, 1, 8, state=True),
     *cells("no-token", 2, 0, 8, state=True),
     *cells("no-batch", 0, 4, 8),
