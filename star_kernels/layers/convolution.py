@@ -65,7 +65,10 @@ class GatedConv(LivLayer):
         raise NotImplementedError(f"{type(self).__name__} does not define _toeplitz")
 
     def materialize(self, x: Tensor, given: Mapping[str, Tensor] | None = None) -> Tensor:
-        """T (B, D, L, L) = C_i K_{i-j} B_j, lower triangular (see the base); differential: T_a - λ T_b."""
+        """T (B, D, L, L) = C_i K_{i-j} B_j, lower triangular (see the base); differential: T_a - λ T_b.
+
+        A bias of the convolution adds C ⊙ bias to T · values.
+        """
         features = self.featurize(x, given=given)
         toeplitz = self._toeplitz(x.shape[1])
         matrix = features["C"].mT[..., :, None] * toeplitz * features["B"].mT[..., None, :]
