@@ -157,8 +157,8 @@ def _tasks(wanted: Sequence[str], include_path: Path | None) -> tuple[Any, list[
             return manager, sorted({match for matches in found.values() for match in matches})
     if not missing:
         raise ValueError("--tasks is empty; it takes names of tasks with commas")
-    where = "lm-eval" if include_path is None else f"lm-eval and {include_path}"
-    raise ValueError(f"--tasks has {missing[0]!r}, which {where} does not know")
+    where = "in lm-eval" if include_path is None else f"in lm-eval or {include_path}"
+    raise ValueError(f"--tasks has {missing[0]!r}, which is no task {where}")
 
 
 @contextlib.contextmanager

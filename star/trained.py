@@ -125,12 +125,14 @@ def _facts_of_run(target: Target, directory: Path) -> Facts:
     generation = target.evaluation.generation
     when = "a reference" if generation is None else f"of generation {generation + 1}"
     searched = ", ".join(target.settings.objectives)
+    first = target.settings.objectives
+    order = sorted(target.evaluation.objectives, key=lambda name: (name not in first, name))
     return Facts(
         f"Candidate {target.evaluation.id} ({when}) of an evolutionary search for {searched}, "
         "with the weights of its proxy training.",
         target.settings.proxy.to_json(),
         corpus if isinstance(corpus, dict) else {},
-        target.evaluation.objectives,
+        {name: target.evaluation.objectives[name] for name in order},
         {name: evaluation.objectives for name, evaluation in references.items() if evaluation.ok},
         versions if isinstance(versions, dict) else {},
     )

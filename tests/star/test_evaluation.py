@@ -137,8 +137,8 @@ class TestStandIn:
         )
 
     def test_refuses(self, exported: Path, stand_in: list[dict[str, Any]], tmp_path: Path) -> None:
-        assert "'nothing', which lm-eval does not know" in refused("eval", exported, "--tasks", "arc,nothing")
-        assert f"lm-eval and {TASKS}" in refused("eval", exported, "--tasks", "sum", "--include-path", TASKS)
+        assert "'nothing', which is no task in lm-eval" in refused("eval", exported, "--tasks", "arc,nothing")
+        assert f"lm-eval or {TASKS}" in refused("eval", exported, "--tasks", "sum", "--include-path", TASKS)
         assert "--tasks is empty" in refused("eval", exported, "--tasks", ",")
         assert "takes a folder" in refused(
             "eval", exported, "--tasks", "arc", "--include-path", tmp_path / "no"
