@@ -360,12 +360,18 @@ def _least_time(sizes: dict[str, Any]) -> int:
     return 2 if _aligned(sizes) else 1
 
 
+def _backward_choice(sizes: dict[str, Any]) -> Configuration:
+    if _aligned(sizes):
+        return _BACKWARD[0]
+    return _backward_configuration(1 if sizes["STATES"] > 2 else 2, 1)
+
+
 SELECTIVE_BACKWARD = Kernel(
     "selective_scan_backward",
     _selective_backward,
     _BACKWARD,
     shape=lambda arguments: f"{_states_label(arguments)}{'' if _aligned(arguments) else ',unaligned'}",
-    choose=lambda arguments: _BACKWARD[0] if _aligned(arguments) else _backward_configuration(1, 1),
+    choose=_backward_choice,
 )
 
 MOST_STATES = 64
