@@ -23,7 +23,7 @@ def moved(case: Case) -> LivLayer:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return layer
 
 
@@ -43,10 +43,14 @@ def test_the_matrix_gives_what_the_operator_gives(case: Case) -> None:
     layer, x = moved(case), tokens(LENGTH)
     features = layer.featurize(x)
     matrix = layer.materialize(x)
-    values = layer.candidates(x) if hasattr(layer, "candidates") else features[layer.values]
+    values = features[layer.values]
+    if isinstance(layer, layers.GRUScan | layers.LSTMScan):
+        values = layer.candidates(x)
     y = applied(matrix, values)
     if isinstance(layer, layers.GatedShortConv) and layer.bias:
-        y = y + features["C"] * layer.conv.bias  # affine: T is the linear part
+        bias = layer.conv.bias
+        assert bias is not None
+        y = y + features["C"] * bias  # affine: T is the linear part
     assert close(y, layer.operate(features))
     assert close(layer.output(layer.finish(y, features)), layer(x))
     assert not matrix.triu(1).any()
@@ -180,6 +184,20 @@ def test_any_sizes_of_the_delta_rule(
     cache = layer.allocate_cache(1, 6)
     y = torch.cat([layer(token, cache) for token in x.split(1, dim=1)], dim=1)
     assert close(y, layer(x))
+
+
+@pytest.mark.parametrize(
+    "name", ["gated_linear_attention", "mamba2_grouped", "gated_delta_net", "gru_scan", "lstm_scan"]
+)
+def test_compiles_in_one_graph(name: str) -> None:
+    """With torch.compile, gradients included. (The layers of genomes: tests/star/test_model.py.)"""
+    torch._dynamo.reset()
+    layer = CASES[name].make(dtype=torch.float32)
+    x = tokens(LENGTH, torch.float32)
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    y.sum().backward()
+    assert close(y, layer(x), 1e-6)
+    assert all(parameter.grad is not None for parameter in layer.parameters())
 
 
 # -------------------------------------------------------------------------------- initial values
