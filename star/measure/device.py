@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import platform
 import re
 import sys
@@ -64,8 +63,7 @@ class PeakMemory:
         return self._device.type == "cuda" or (sys.platform == "linux" and _CLEAR.exists())
 
     def begin(self) -> None:
-        """Forget the peak until now."""
-        gc.collect()
+        """Forget the peak until now. Garbage of Python's should have been collected before."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)

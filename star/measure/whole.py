@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ __all__ = ["ROOM", "fill", "measure_genome", "measure_model", "read_prompt", "re
 ROOM = 8
 """Tokens of a cache beyond the prompt and those that are timed, for warming up."""
 
+_TINY_WIDTH = 16
 _LONG_PASS = 20.0  # seconds: a prompt that takes longer is read once, cold
 
 
@@ -56,7 +58,8 @@ def measure_genome(
     device = torch.device(settings.device)
     gauge = PeakMemory(device)
     with threads_set(settings.threads), torch.no_grad():
-        _warm_up(device, weight_dtype(settings))
+        _warm_up(genome, device, weight_dtype(settings))
+        gc.collect()
         gauge.begin()
         try:
             model = build_model(genome, config, seed=0, device=device, dtype=weight_dtype(settings))
@@ -148,7 +151,12 @@ def fill(cache: LayerCache, context: int) -> None:
     cache.position = context
 
 
-def _warm_up(device: torch.device, dtype: torch.dtype) -> None:
-    """Start the libraries and thread pools that a first product starts, before memory is counted."""
-    left = torch.ones(256, 256, device=device, dtype=dtype)
-    (left @ left).sum().item()
+def _warm_up(genome: Genome, device: torch.device, dtype: torch.dtype) -> None:
+    """Run the genome's model once at a tiny width: what is loaded and started on first use should neither be
+    timed nor count as the model's memory."""
+    config = ModelConfig(width=_TINY_WIDTH, head_dim=4)
+    model = build_model(genome, config, seed=0, device=device, dtype=dtype)
+    cache = model.allocate_cache(1, 2 * _TINY_WIDTH)
+    ids = torch.zeros(1, _TINY_WIDTH, dtype=torch.long, device=device)
+    first_token(model, ids, cache, chunk=_TINY_WIDTH)
+    model(ids[:, :1], cache).sum().item()

@@ -7,6 +7,7 @@ the sum of its parts becomes the calibration.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -144,6 +145,7 @@ def _rows(model: StarModel, context: int, settings: MeasureSettings, timer: Time
         settings.seconds,
     )
     gauge = PeakMemory(prompt.device)
+    gc.collect()
     return [
         LivRow(
             liv_class=liv.entry.id,

@@ -89,7 +89,8 @@ class Predictor:
         features = sum(row.features for plan, row in shares if plan.index in lent)
         known = known_memory(genome, self._config, self.table.settings, context)
         held = sum(row.held for _, row in shares)
-        return known + held + features + max(*transients, ends.norm_transient) + calibration.memory
+        beyond = calibration.memory * len(shares) // calibration.livs
+        return known + held + features + max(*transients, ends.norm_transient) + beyond
 
     def _row(self, plan: LivPlan, context: int) -> LivRow:
         row = self._rows.get((plan.entry.id, plan.computed, context))

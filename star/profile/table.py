@@ -113,7 +113,8 @@ class Calibration:
         livs: of the model.
         prefill, decode: ms that it takes beyond the sum, for each LIV; negative where it takes less.
         tail: its decode_p95 over its decode_p50; how unsteady this device is.
-        memory: bytes beyond the sum; None where the machine can not say.
+        memory: bytes beyond the sum, of all LIVs together (allocators keep some for each); None where the
+            machine can not say.
     """
 
     context: int

