@@ -55,7 +55,7 @@ def measured_objectives(evaluations: Iterable[Evaluation], searched: Sequence[st
 
 
 def value(objective: str, number: float | None) -> str:
-    """A measured value with its unit: "3.2140", "1.20 M", "151 MB", "2.4 G", "12.5 %"; "–" for None."""
+    """A measured value with its unit: "3.2140", "1.20 M", "151 MB", "2.4 G", "12.5 % wrong"; "–" for None."""
     if number is None:
         return "–"
     found = find(objective)
@@ -63,7 +63,7 @@ def value(objective: str, number: float | None) -> str:
     if form == "decimal":
         return f"{number:.4f}"
     if form == "percent":
-        return f"{100 * number:.1f} %"
+        return f"{100 * number:.1f} % wrong"
     if form == "bytes":
         return f"{_scaled(number)}B"
     if form == "milliseconds":

@@ -35,8 +35,8 @@ __all__ = [
 ]
 
 FORMS = ("decimal", "bytes", "count", "percent", "milliseconds", "rate")
-"""How people read a value: four decimals, bytes or a number with a prefix, a share in per cent, a time, a
-number with a prefix a second."""
+"""How people read a value: four decimals, bytes or a number with a prefix, a share of wrong answers in per
+cent, a time, a number with a prefix a second."""
 
 
 @dataclass(frozen=True)

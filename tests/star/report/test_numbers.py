@@ -18,6 +18,7 @@ from star.report.numbers import change, count, difference, duration, value
         ("cache", 512, "512 B"),
         ("flops", 1.5e9, "1.50 G"),
         ("flops", 2e20, "2e+08 T"),
+        ("recall", 0.125, "12.5 % wrong"),
         ("quality", None, "–"),
     ],
 )

@@ -111,13 +111,13 @@ def test_tiny_spaces_end_or_repeat_nothing(name: str) -> None:
 
 @every
 def test_a_killed_run_of_it_ends_with_the_same_archive(name: str, tmp_path: Path) -> None:
-    """Killed after each number of answers, the run is begun again, and again, until it is whole."""
+    """Killed after some number of answers, the run is begun again until it is whole."""
     settings = small(name, population=3, generations=3, references=True)
     whole = Run(tmp_path / "whole", settings)
     whole.go(InlineEngine())
     answers = len(whole.evaluations())
     assert answers == 12
-    for lives in range(answers):
+    for lives in range(0, answers, 2):
         run = Run(tmp_path / str(lives), settings)
         with pytest.raises(Killed):
             run.go(InlineEngine(lives=lives))
