@@ -47,7 +47,8 @@ struct Backward {
     float dy[tokens][At::channels];
     float y[tokens][pitch], du[tokens][pitch], ddelta[tokens][pitch];
     float mix[warps][tokens][2 * At::padded];  // dB, then dC
-    float sums[2][scan_threads];
+    float sums[2][scan_threads];      // each thread's share of dD and dbias
+    float weights[2][scan_threads];   // D and dt_bias of each thread's column
     // What each thread needs of its own tokens when their gradients are written: here it spares registers.
     float x[count][scan_threads], slope[count][scan_threads], z[count][scan_threads], dout[count][scan_threads];
   };
@@ -148,11 +149,11 @@ struct Backward {
 
   // Puts the chunk into shared memory.
   static __device__ __forceinline__ void stage(const SelectiveScanCall& call, const At& at, int time,
-                                               const Fetched& next, float bias, Shared& shared) {
+                                               const Fetched& next, Shared& shared) {
 #pragma unroll
     for (int k = 0; k < count; ++k) {
       const int token = Tiles::token(at, k);
-      float delta = next.dt[k] + bias, dy = next.dy[k], slope = 1.0f;
+      float delta = next.dt[k] + shared.weights[1][threadIdx.x], dy = next.dy[k], slope = 1.0f;
       if (call.softplus) delta = softplus_with_slope(delta, slope);
       if (!Tiles::holds(at, time, k)) delta = 0.0f;
       shared.x[k][threadIdx.x] = next.x[k];
@@ -172,7 +173,9 @@ struct Backward {
 
   template <class T>
   static __device__ __forceinline__ void write(const SelectiveScanBackwardCall& call, const At& at, int time,
-                                               float D, float& dD, float& dbias, const Shared& shared) {
+                                               Shared& shared) {
+    const float D = shared.weights[0][threadIdx.x];
+    float dD = shared.sums[0][threadIdx.x], dbias = shared.sums[1][threadIdx.x];
     const int channel = at.first + at.column;
 #pragma unroll
     for (int k = 0; k < count; ++k) {
@@ -191,6 +194,8 @@ struct Backward {
       const float dz = shared.dout[k][threadIdx.x] * y * open * (1.0f + z * (1.0f - open));
       call.dz.row<T>(at.batch, time + token)[channel] = from_float<T>(dz);
     }
+    shared.sums[0][threadIdx.x] = dD;
+    shared.sums[1][threadIdx.x] = dbias;
   }
 
   static __device__ __forceinline__ void write_mixes(const SelectiveScanBackwardCall& call, const At& at,
@@ -209,13 +214,11 @@ struct Backward {
   }
 
   // The sum over the threads that have the same channel of the tile.
-  static __device__ __forceinline__ void write_channels(const SelectiveScanBackwardCall& call, const At& at, float dD,
-                                                        float dbias, Shared& shared) {
-    shared.sums[0][threadIdx.x] = dD;
-    shared.sums[1][threadIdx.x] = dbias;
+  static __device__ __forceinline__ void write_channels(const SelectiveScanBackwardCall& call, const At& at,
+                                                        const Shared& shared) {
     __syncthreads();
     if (at.row != 0 || at.column >= at.width) return;
-    dD = dbias = 0.0f;
+    float dD = 0.0f, dbias = 0.0f;
     for (int thread = at.column; thread < scan_threads; thread += At::channels) {
       dD += shared.sums[0][thread];
       dbias += shared.sums[1][thread];
@@ -227,16 +230,17 @@ struct Backward {
 };
 
 template <int STATES, int LANES>
-__global__ void __launch_bounds__(scan_threads, LANES == 1 ? 2 : 3) selective_scan_backward_kernel(SelectiveScanBackwardCall call) {
+__global__ void __launch_bounds__(scan_threads, LANES == 4 ? 3 : 2) selective_scan_backward_kernel(SelectiveScanBackwardCall call) {
   using Pass = Backward<STATES, LANES>;
   constexpr int tokens = Pass::tokens;
   __shared__ typename Pass::Shared shared;
   const SelectiveScanCall& forward = call.forward;
   const typename Pass::At at(forward);
   const bool inside = at.column < at.width;
-  const float bias = inside ? forward.dt_bias.at(at.first + at.column, 0.0f) : 0.0f;
-  const float D = inside ? forward.D.at(at.first + at.column, 0.0f) : 0.0f;
-  float A[STATES], carry[STATES], dA[STATES], dD = 0.0f, dbias = 0.0f;
+  shared.weights[0][threadIdx.x] = inside ? forward.D.at(at.first + at.column, 0.0f) : 0.0f;
+  shared.weights[1][threadIdx.x] = inside ? forward.dt_bias.at(at.first + at.column, 0.0f) : 0.0f;
+  shared.sums[0][threadIdx.x] = shared.sums[1][threadIdx.x] = 0.0f;
+  float A[STATES], carry[STATES], dA[STATES];
   at.load_decays(forward, A);
   at.load_states(forward, call.dfinal, carry);
 #pragma unroll
@@ -248,20 +252,21 @@ __global__ void __launch_bounds__(scan_threads, LANES == 1 ? 2 : 3) selective_sc
   for (; chunk >= 0; --chunk) {
     const int time = at.start + chunk * tokens;
     float h[tokens + 1][STATES], a[tokens][STATES];
-    Pass::stage(forward, at, time, next, bias, shared);
+    Pass::stage(forward, at, time, next, shared);
 #pragma unroll
     for (int i = 0; i < STATES; ++i) h[0][i] = next.h[i];
     __syncthreads();
     if (chunk > 0) next.fetch(call, at, chunk - 1);
     Pass::recompute(at, A, forward.z.data != nullptr, h, a, shared);
+    __syncwarp();  // read B, C and the drive again: the compiler would hold a whole chunk's in registers
     Pass::retrace(at, A, h, a, carry, dA, shared);
     __syncthreads();
-    STAR_WITH_DTYPE(forward.dtype, T, Pass::template write<T>(call, at, time, D, dD, dbias, shared));
+    STAR_WITH_DTYPE(forward.dtype, T, Pass::template write<T>(call, at, time, shared));
     Pass::write_mixes(call, at, time, shared);
   }
   at.store_states(forward, carry, call.dinitial);
   at.store_states(forward, dA, call.dA);
-  Pass::write_channels(call, at, dD, dbias, shared);
+  Pass::write_channels(call, at, shared);
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

@@ -1,6 +1,7 @@
 """The compiled GRU and LSTM with diagonal weights: fakes, derivatives, and the reference's signatures.
 
-They run the sequential loop, which is exact: tolerance and max_iterations have nothing to do here.
+tolerance and max_iterations have nothing to do here: the CPU runs the sequential loop, which is exact, and a
+GPU does so too, or Newton's iterations with limits of their own (csrc/recurrence/cuda_cells.cu).
 """
 
 from __future__ import annotations
