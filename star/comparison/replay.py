@@ -14,6 +14,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -61,6 +62,7 @@ class Landscape:
         self.left_out = sum(row.conditions != self.conditions for row in rows)
         rows = [row for row in rows if row.conditions == self.conditions]
         self._require_values(rows)
+        rows = _of_one_device(rows, self.objectives)
         self.known = _means(rows, self.objectives)
         self.failed = {row.genome for row in rows if not row.ok} - self.known.keys()
         self.settings = _settings_of(rows[0], self.objectives)
@@ -83,7 +85,7 @@ class Landscape:
 
     def _fit(self, genomes: list[Genome]) -> None:
         inputs = feature_matrix(genomes, self.settings.model)
-        parameters = -inputs[:, -2]
+        parameters = inputs[:, -2]
         self.surrogates: dict[str, Surrogate] = {}
         self.fidelity: dict[str, Fidelity] = {}
         self.parameter_count: dict[str, Fidelity] = {}
@@ -91,7 +93,9 @@ class Landscape:
             if not _follows_from_the_genome(name):
                 values = np.array([float(measured[name]) for measured in self.known.values()])
                 self.fidelity[name] = cross_validate(inputs, values)
-                self.parameter_count[name] = fidelity(parameters, values)
+                objective = _objective(name)
+                falls = objective.trained or objective.maximised
+                self.parameter_count[name] = fidelity(-parameters if falls else parameters, values)
                 self.surrogates[name] = Surrogate(inputs, values)
 
     def values(self, genomes: Sequence[Genome]) -> list[Mapping[str, float] | None]:
@@ -130,6 +134,15 @@ def _follows_from_the_genome(name: str) -> bool:
     """Whether a value needs neither training nor a device."""
     objective = _objective(name)
     return not (objective.trained or objective.device)
+
+
+def _of_one_device(rows: Sequence[Row], objectives: Sequence[str]) -> Sequence[Row]:
+    """Rows of the device that most of those have which have all objectives, where these need a device."""
+    if not any(_objective(name).device for name in objectives):
+        return rows
+    whole = [row.device for row in rows if all(name in row.objectives for name in objectives)]
+    device = Counter(whole).most_common(1)[0][0]
+    return [row for row in rows if row.device == device]
 
 
 def _means(rows: Sequence[Row], objectives: Sequence[str]) -> dict[str, Mapping[str, float]]:

@@ -1,12 +1,13 @@
 """A table of evaluated genomes: one Parquet or CSV file that grows with every run.
 
-One row a genome, seed and conditions. Columns:
+One row a genome, conditions, seed and device. Columns:
 
     genome       canonical genome
     depth        its LIVs
     conditions   hash of all that decides the values but the seed (model, proxy, text, recall task); values of
                  different conditions must not be compared
     seed         of weights and data order
+    device       whose table objectives of a device were predicted from: chip and checksum; empty without any
     origin       "random", "offspring", "baseline:NAME" or "reference:NAME"
     status       "ok" or "failed"
     reason       why it failed
@@ -50,7 +51,7 @@ __all__ = [
 ]
 
 SUFFIXES = (".parquet", ".csv")
-FIXED = ("genome", "depth", "conditions", "seed", "origin", "status", "reason", "seconds")
+FIXED = ("genome", "depth", "conditions", "seed", "device", "origin", "status", "reason", "seconds")
 TEXTS = ("curve", "settings")
 _BYTES_AT_MOST = 1 << 30
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_")
@@ -74,14 +75,15 @@ class Row:
     objectives: Mapping[str, float]
     curve: tuple[Any, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    device: str = ""
 
     @property
     def ok(self) -> bool:
         return self.status == "ok"
 
     @property
-    def identity(self) -> tuple[str, str, int]:
-        return self.genome, self.conditions, self.seed
+    def identity(self) -> tuple[str, str, int, str]:
+        return self.genome, self.conditions, self.seed, self.device
 
 
 # ---- from runs -----------------------------------------------------------------------------------------
@@ -111,10 +113,12 @@ def rows_of_run(run: Path) -> list[Row]:
     key = str(data.get("key")) if isinstance(data, dict) else ""
     conditions = conditions_of(settings, key)
     name = hashlib.sha256(canonical_json(conditions).encode()).hexdigest()[:12]
-    return [_row(item, name, conditions, settings.proxy.seed) for item in evaluations]
+    table = settings.profile
+    device = "" if table is None else f"{table.device_name} {table.checksum[:12]}"
+    return [_row(item, name, conditions, settings.proxy.seed, device) for item in evaluations]
 
 
-def _row(item: Evaluation, name: str, conditions: Mapping[str, Any], seed: int) -> Row:
+def _row(item: Evaluation, name: str, conditions: Mapping[str, Any], seed: int, device: str) -> Row:
     return Row(
         genome=item.key,
         conditions=name,
@@ -126,6 +130,7 @@ def _row(item: Evaluation, name: str, conditions: Mapping[str, Any], seed: int) 
         objectives=dict(item.objectives),
         curve=item.curve,
         settings=conditions,
+        device=device,
     )
 
 
@@ -208,10 +213,10 @@ def read(path: Path) -> list[Row]:
         raise TableDamaged(f"table {path} is larger than {_BYTES_AT_MOST} bytes")
     plain = _read_csv(path) if path.suffix == ".csv" else _read_parquet(path)
     rows = [_to_row(path, number, record) for number, record in enumerate(plain, start=1)]
-    seen: set[tuple[str, str, int]] = set()
+    seen: set[tuple[str, str, int, str]] = set()
     for number, row in enumerate(rows, start=1):
         if row.identity in seen:
-            raise TableDamaged(f"table {path} is damaged: row {number} repeats a genome, seed and conditions")
+            raise TableDamaged(f"table {path} is damaged: row {number} repeats another one")
         seen.add(row.identity)
     return rows
 
@@ -227,6 +232,7 @@ def _to_plain(row: Row, columns: Sequence[str]) -> dict[str, Any]:
         "depth": row.genome.count("-") + 1,
         "conditions": row.conditions,
         "seed": row.seed,
+        "device": row.device,
         "origin": row.origin,
         "status": row.status,
         "reason": row.reason,
@@ -258,6 +264,7 @@ def _to_row(path: Path, number: int, record: Mapping[str, Any]) -> Row:
             },
             curve=tuple(curve),
             settings=settings,
+            device=record["device"],
         )
         if genome.key != row.genome or int(record["depth"]) != genome.depth:
             raise ValueError("its genome is not in canonical form, or of another depth")
@@ -315,7 +322,7 @@ def _parquet_bytes(columns: Sequence[str], plain: Sequence[Mapping[str, Any]]) -
     from pyarrow import parquet
 
     kinds = {"depth": pyarrow.int32(), "seed": pyarrow.int64()}
-    texts = {"genome", "conditions", "origin", "status", "reason", *TEXTS}
+    texts = {"genome", "conditions", "device", "origin", "status", "reason", *TEXTS}
     schema = pyarrow.schema(
         [
             (name, kinds.get(name, pyarrow.string() if name in texts else pyarrow.float64()))

@@ -1,9 +1,10 @@
 """Parameter count alone: candidates are chosen by what their genome tells, and no training is ever looked at.
 
 Decoder parameter count ranks perplexity well (LiteTransformerSearch, arXiv 2203.02094), so a search that
-trains must beat one that does not. More parameters stand for less of every objective that takes a training
-or a device to know; the others are computed. Each generation, DRAWS times as many genomes as there are places
-are drawn at random, and the best of them and of those left over, in NSGA-II's order, are proposed.
+trains must beat one that does not. More parameters stand for less of every objective that takes training to
+know, and for more of every one of a device that has no table here; the others are computed. Each generation,
+DRAWS times as many genomes as there are places are drawn at random, and the best of them and of those left
+over, in NSGA-II's order, are proposed.
 """
 
 from __future__ import annotations
@@ -74,6 +75,11 @@ class ParameterCount:
         for name in self._settings.objectives:
             objective = find(name)
             assert objective is not None, "settings check their names"
-            sign = -1.0 if objective.maximised else 1.0
-            foretold.append(-parameters if objective.trained else sign * objective.load()(candidate))
+            if objective.trained:
+                foretold.append(-parameters)
+            elif objective.device and self._settings.profile is None:
+                foretold.append(parameters)
+            else:
+                sign = -1.0 if objective.maximised else 1.0
+                foretold.append(sign * objective.load()(candidate))
         return tuple(foretold)

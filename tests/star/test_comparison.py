@@ -170,7 +170,7 @@ def test_files_that_are_no_tables(rows: list[Row], tmp_path: Path, suffix: str) 
     plain = path.read_bytes()
     if suffix == ".csv":
         path.write_bytes(plain + plain.splitlines(keepends=True)[1])
-        with pytest.raises(TableDamaged, match="row 2 repeats"):
+        with pytest.raises(TableDamaged, match="row 2 repeats another one"):
             read(path)
 
 
@@ -251,6 +251,24 @@ def test_seeds_are_averaged_failures_stay_failures_and_conditions_are_kept_apart
     first = Genome.parse(rows[0].genome)
     mean = (1.0 + measured(first)["quality"]) / 2
     assert landscape.values([first, Genome.parse(rows[1].genome)]) == [{"quality": pytest.approx(mean)}, None]
+
+
+def test_latencies_of_two_devices_are_not_mixed() -> None:
+    rows = [
+        dataclasses.replace(
+            row, objectives={**row.objectives, "ttft": value, "prefill": 1 / value}, device=device
+        )
+        for device, value, count in (("cpu abc", 50.0, 14), ("gpu def", 2.0, 11))
+        for row in many(count)
+    ]
+    landscape = replay.Landscape(rows, ("ttft", "prefill"))
+    assert len(landscape.known) == 14
+    assert {values["ttft"] for values in landscape.known.values()} == {50.0}
+    assert np.unique(landscape.points, axis=0).tolist() == [[50.0, -0.02]]  # more prefill is better
+    (foretold,) = landscape.values([genomes(60)[50]])
+    assert foretold == {"ttft": pytest.approx(50.0), "prefill": pytest.approx(0.02)}
+    result = replay.compare(landscape, population=4, generations=2, seeds=1, processes=1)
+    assert len(result.results) == len(ALGORITHMS)
 
 
 @pytest.mark.parametrize(
