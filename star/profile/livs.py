@@ -130,11 +130,16 @@ def _rows(model: StarModel, context: int, settings: MeasureSettings, timer: Time
     token = prompt[:, :1]
     for liv in livs:
         liv.read(prompt[:, :_WARM_UP_TOKENS], settings.chunk)
-    prefill = _in_turns(
-        [partial(timer, partial(liv.read, prompt, settings.chunk)) for liv in livs],
-        settings.repetitions,
-        settings.seconds,
-    )
+    gauge = PeakMemory(prompt.device)
+    gc.collect()
+    transients: list[int | None] = []
+    first: list[float] = []
+    reads = [partial(timer, partial(liv.read, prompt, settings.chunk)) for liv in livs]
+    for read in reads:
+        gauge.begin()
+        first.append(read())
+        transients.append(gauge.taken())
+    prefill = _in_turns(reads, settings.repetitions, settings.seconds, first)
     for liv in livs:
         fill(liv.cache, context)
         liv.step(token, context)
@@ -144,21 +149,19 @@ def _rows(model: StarModel, context: int, settings: MeasureSettings, timer: Time
         settings.decode_steps,
         settings.seconds,
     )
-    gauge = PeakMemory(prompt.device)
-    gc.collect()
     return [
         LivRow(
             liv_class=liv.entry.id,
             computed=liv.computed,
             context=context,
-            prefill=1e3 * statistics.median(reads),
+            prefill=1e3 * statistics.median(read_times),
             decode_p50=1e3 * statistics.median(steps) / calls,
             decode_p95=1e3 * percentile(steps, 95) / calls,
             held=sum(tensor.nbytes for tensor in liv.cache.derived.values()),
-            transient=_transient(liv, prompt[:, :chunk], gauge),
+            transient=transient,
             features=_feature_bytes(liv, prompt[:, :1]) * chunk,
         )
-        for liv, reads, steps in zip(livs, prefill, decode, strict=True)
+        for liv, read_times, steps, transient in zip(livs, prefill, decode, transients, strict=True)
     ]
 
 
@@ -208,24 +211,17 @@ def _often(liv: Liv, token: Tensor, context: int, calls: int) -> None:
         liv.step(token, context)
 
 
-def _in_turns(samples: Sequence[Callable[[], float]], most: int, seconds: float) -> list[list[float]]:
-    """Samples of all in turns: at most so many of each, and no further round after so many seconds; one of
-    each at least."""
-    taken: list[list[float]] = [[] for _ in samples]
-    spent = 0.0
+def _in_turns(
+    samples: Sequence[Callable[[], float]], most: int, seconds: float, first: Sequence[float] = ()
+) -> list[list[float]]:
+    """Samples of all in turns: at most so many of each, the first of them possibly taken already, and no
+    further round after so many seconds; one of each at least."""
+    taken: list[list[float]] = [[value] for value in first] or [[] for _ in samples]
+    spent = sum(first)
     while len(taken[0]) < most and (spent < seconds or not taken[0]):
         for values, sample in zip(taken, samples, strict=True):
             values.append(sample())
             spent += values[-1]
-    return taken
-
-
-def _transient(liv: Liv, chunk: Tensor, gauge: PeakMemory) -> int | None:
-    liv.cache.position = 0
-    gauge.begin()
-    result = liv.layer(chunk, liv.cache, liv._lent(chunk.shape[1]))
-    taken = gauge.taken()
-    del result
     return taken
 
 

@@ -36,7 +36,7 @@ class LivRow:
         prefill: ms for a prompt of the context's length, chunk by chunk.
         decode_p50, decode_p95: ms for one token over a full cache.
         held: bytes that it keeps beside weights and cache (a kernel computed once).
-        transient: bytes that it takes while it reads a chunk; None where the machine can not say.
+        transient: bytes that it takes while it reads the prompt; None where the machine can not say.
         features: bytes of all its features of one chunk, which stay while another LIV waits for them.
     """
 

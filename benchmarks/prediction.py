@@ -1,0 +1,141 @@
+"""How well a table of single LIVs predicts whole models: random genomes, predicted and then measured.
+
+    python -m benchmarks.prediction --out benchmarks/results/prediction.md
+
+The machine should have nothing else to do. Where that can not be had, --cpu-time counts the process's own
+processor seconds on one thread instead of the clock's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from star.genome import Genome
+from star.measure.process import measure_in_process
+from star.measure.quantities import relative_errors
+from star.measure.settings import MeasureSettings
+from star.measure.whole import measure_genome
+from star.profile.livs import measure_table
+from star.profile.predict import Predictor
+from star.profile.table import ProfileTable
+from star.report.numbers import title, value
+
+Values = Mapping[str, float]
+
+
+def main() -> None:
+    chosen = _arguments()
+    settings = MeasureSettings(
+        width=chosen.width,
+        device=chosen.device,
+        dtype=chosen.dtype,
+        contexts=tuple(chosen.context),
+        threads=1 if chosen.cpu_time else chosen.threads,
+        seconds=chosen.seconds,
+    ).resolved(vocab_size=256)
+    table, measure = _on_processor(settings) if chosen.cpu_time else _on_clock(settings)
+    predictor = Predictor(table)
+    rng = np.random.default_rng(chosen.seed)
+    pairs: list[tuple[Values, Values]] = []
+    for number in range(1, chosen.genomes + 1):
+        genome = Genome.random(chosen.depth, rng)
+        pairs.append((predictor.predict(genome), measure(genome)))
+        print(f"{number} of {chosen.genomes}", _line(*pairs[-1]), flush=True)
+    text = report(table, pairs, chosen.depth, chosen.cpu_time, _microseconds(table, chosen.depth))
+    print(text)
+    if chosen.out is not None:
+        chosen.out.write_text(text, encoding="utf-8")
+
+
+def _on_clock(settings: MeasureSettings) -> tuple[ProfileTable, Callable[[Genome], Values]]:
+    """Wall time, every model in a process of its own."""
+    from star.measure.process import table_in_process
+
+    table = table_in_process(settings, tell=print)
+    return table, lambda genome: measure_in_process(genome, table)
+
+
+def _on_processor(settings: MeasureSettings) -> tuple[ProfileTable, Callable[[Genome], Values]]:
+    """Processor seconds of this process; memory is left out, since the models share it."""
+
+    def timer(call: Callable[[], object]) -> float:
+        began = time.process_time()
+        call()
+        return time.process_time() - began
+
+    whole = partial(measure_genome, timer=timer)
+    table = measure_table(settings, tell=print, timer=timer, whole=whole)
+    table = replace(table, calibrations=tuple(replace(item, memory=None) for item in table.calibrations))
+    return table, lambda genome: whole(genome, settings.config(), settings)
+
+
+def _microseconds(table: ProfileTable, depth: int) -> float:
+    """Of one prediction, of genomes that were not asked for before."""
+    predictor = Predictor(table)
+    rng = np.random.default_rng(1)
+    genomes = [Genome.random(depth, rng) for _ in range(100)]
+    began = time.process_time()
+    for genome in genomes:
+        predictor.predict(genome)
+    return 1e6 * (time.process_time() - began) / len(genomes)
+
+
+def report(
+    table: ProfileTable, pairs: list[tuple[Values, Values]], depth: int, cpu_time: bool, microseconds: float
+) -> str:
+    """Markdown: the circumstances, and the errors by quantity."""
+    settings = table.settings
+    clock = "processor seconds" if cpu_time else "wall time"
+    lines = [
+        "# Predictions from single LIVs",
+        "",
+        f"{table.device_name} ({settings.device}, threads {settings.threads}, load {os.getloadavg()[0]:.1f} "
+        f"at the end), {clock}, torch {table.versions['torch']}; width {settings.width}, {settings.dtype}; "
+        f"{len(pairs)} random genomes of {depth} LIVs. The table took {table.seconds:.0f} s, a prediction "
+        f"{microseconds:.0f} µs.",
+        "",
+        "| quantity | measured, median | median error | largest error |",
+        "|---|---|---|---|",
+    ]
+    for name, errors in relative_errors(pairs).items():
+        middle = statistics.median(measured[name] for _, measured in pairs)
+        lines.append(
+            f"| {title(name)} | {value(name, middle)} | {statistics.median(errors):.1%} | {max(errors):.1%} |"
+        )
+    return "\n".join([*lines, "", "`python -m benchmarks.prediction`", ""])
+
+
+def _line(predicted: Values, measured: Values) -> str:
+    known = [name for name in measured if name in predicted]
+    return ", ".join(f"{name} {predicted[name] / measured[name] - 1:+.1%}" for name in known)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--context", type=int, nargs="+", default=[1024])
+    parser.add_argument("--depth", type=int, default=24)
+    parser.add_argument("--genomes", type=int, default=12)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
