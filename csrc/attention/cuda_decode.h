@@ -195,7 +195,7 @@ __device__ __forceinline__ void deliver(const DecodeCall& call, const Part& part
     return write_quad<Form>(call, part, head, quad, sum);
   }
   const int64_t row = (part.unit * call.splits + part.split) * Form::heads + head;
-  store<4>(sum, call.sums + row * Form::columns + quad * 4);
+  store_global<4>(sum, call.sums + row * Form::columns + quad * 4);
   if (quad == 0) {
     call.stats[row * 2] = most;
     call.stats[row * 2 + 1] = total;

@@ -16,7 +16,7 @@ __device__ __forceinline__ void write_final_state(const ShortConvCall& call, int
   for (int j = 0; j < call.taps - 1; ++j) {
     float u[N];
     load_source<T, N>(call, extent.batch, sequence, extent.start, extent.end - (call.taps - 1) + j, d, u);
-    store<N>(u, call.final_state.row<T>(sequence, j) + d);
+    store_global<N>(u, call.final_state.row<T>(sequence, j) + d);
   }
 }
 
@@ -25,8 +25,7 @@ __device__ __forceinline__ void convolve_run(const ShortConvCall& call, const Ru
   constexpr int together = GATED ? 2 : 4;  // rows on their way at once
   float taps[N * TAPS], bias[N], window[TAPS][N];
   load_taps(call.weight, d * TAPS, taps);
-#pragma unroll
-  for (int i = 0; i < N; ++i) bias[i] = call.bias.at(d + i, 0.0f);
+  load_bias(call.bias, d, bias);
   Place place(call.sequences, run.batch, run.begin);
   load_window<T, N, TAPS>(call, place, run.begin, d, window);
   for (int64_t first = run.begin; first < run.end; first += together) {
@@ -67,7 +66,7 @@ __device__ __forceinline__ void convolve_run(const ShortConvCall& call, const Ru
 #pragma unroll
         for (int i = 0; i < N; ++i) pre[i] = silu(pre[i]);
       }
-      store<N>(pre, call.y.row<T>(run.batch, time) + d);
+      store_global<N>(pre, call.y.row<T>(run.batch, time) + d);
       shift<N, TAPS>(window);
     }
   }

@@ -25,6 +25,19 @@ __device__ __forceinline__ void load_taps(const Weight& weight, int64_t index, f
   }
 }
 
+// The bias of N neighbouring channels; 0 where there is none.
+template <int N>
+__device__ __forceinline__ void load_bias(const Weight& bias, int64_t index, float (&values)[N]) {
+  if constexpr (N % 4 == 0) {
+    if (bias.data != nullptr) return load_taps(bias, index, values);
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = 0.0f;
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = bias.at(index + i, 0.0f);
+  }
+}
+
 inline bool taps_take_fours(const Weight& weight) {
   return reinterpret_cast<uintptr_t>(weight.data) % (weight.dtype == Dtype::float32 ? 16 : 8) == 0;
 }

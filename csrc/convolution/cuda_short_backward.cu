@@ -66,12 +66,12 @@ __device__ __forceinline__ void write_input_gradients(const ShortConvCall& call,
     x.unpack(values);
 #pragma unroll
     for (int i = 0; i < N; ++i) other[i] = du[i] * values[i];
-    store<N>(other, call.db.row<T>(place.batch, row) + d);
+    store_global<N>(other, call.db.row<T>(place.batch, row) + d);
     b.unpack(values);
 #pragma unroll
     for (int i = 0; i < N; ++i) du[i] *= values[i];
   }
-  store<N>(du, call.dx.row<T>(place.batch, row) + d);
+  store_global<N>(du, call.dx.row<T>(place.batch, row) + d);
 }
 
 // What a row's gradient reads.
@@ -132,7 +132,7 @@ __device__ __forceinline__ void backward_rows(const ShortConvCall& call, const P
           pre[i] *= g[TAPS - 1][i];
           g[TAPS - 1][i] *= gate[i];
         }
-        if (time < end) store<N>(pre, call.dc.row<T>(place.batch, time) + d);
+        if (time < end) store_global<N>(pre, call.dc.row<T>(place.batch, time) + d);
       } else {
 #pragma unroll
         for (int i = 0; i < N; ++i) g[TAPS - 1][i] *= silu_slope(pre[i]);
@@ -173,8 +173,7 @@ __global__ void __launch_bounds__(run_threads, TAPS > 3 && GATED ? 2 : 3) short_
   if (d < call.width && run.begin < run.end) {
     float taps[N * TAPS], bias[N];
     load_taps(call.weight, d * TAPS, taps);
-#pragma unroll
-    for (int i = 0; i < N; ++i) bias[i] = call.bias.at(d + i, 0.0f);
+    load_bias(call.bias, d, bias);
     Place place(call.sequences, run.batch, run.begin);
     for (int64_t begin = run.begin;;) {
       const int64_t end = place.end < run.end ? place.end : run.end;

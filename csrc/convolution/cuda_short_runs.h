@@ -191,7 +191,7 @@ bool all_take_packs(const ShortConvCall& call, int count) {
   for (const Rows& rows : {call.x, call.b, call.c, call.state, call.y, call.final_state, call.dy, call.dfinal,
                            call.dx, call.db, call.dc})
     if (!rows_take_packs(rows, call.width, sizeof(T), count)) return false;
-  return taps_take_fours(call.weight) && call.taps >= 2 && call.taps <= 4;
+  return taps_take_fours(call.weight) && taps_take_fours(call.bias) && call.taps >= 2 && call.taps <= 4;
 }
 
 }  // namespace

@@ -29,8 +29,7 @@ __device__ __forceinline__ void newest(const ShortStepCall& call, int64_t batch,
 #pragma unroll
     for (int i = 0; i < N; ++i) u[i] *= gate[i];
   }
-#pragma unroll
-  for (int i = 0; i < N; ++i) sum[i] = call.bias.at(d + i, 0.0f);
+  load_bias(call.bias, d, sum);
 }
 
 template <class T, int N>
@@ -45,7 +44,7 @@ __device__ __forceinline__ void finish(const ShortStepCall& call, int64_t batch,
 #pragma unroll
     for (int i = 0; i < N; ++i) sum[i] = silu(sum[i]);
   }
-  store<N>(sum, call.y.row<T>(batch, 0) + d);
+  store_global<N>(sum, call.y.row<T>(batch, 0) + d);
 }
 
 template <class T, int N, int TAPS>
@@ -67,8 +66,8 @@ __global__ void __launch_bounds__(threads) short_step_kernel(ShortStepCall call)
       sum[i] += taps[i * TAPS + TAPS - 1] * u[i];
     }
 #pragma unroll
-    for (int k = 0; k < TAPS - 2; ++k) store<N>(past[k + 1], state + k * call.state.row_stride);
-    store<N>(u, state + (TAPS - 2) * call.state.row_stride);
+    for (int k = 0; k < TAPS - 2; ++k) store_global<N>(past[k + 1], state + k * call.state.row_stride);
+    store_global<N>(u, state + (TAPS - 2) * call.state.row_stride);
     finish<T, N>(call, batch, d, sum);
   }
 }
@@ -95,7 +94,7 @@ __global__ void __launch_bounds__(threads) general_short_step_kernel(ShortStepCa
 template <class T>
 void run(const ShortStepCall& call, const OnDevice& on) {
   constexpr int N = 16 / sizeof(T);
-  bool packs = taps_take_fours(call.weight);
+  bool packs = taps_take_fours(call.weight) && taps_take_fours(call.bias);
   for (const Rows& rows : {call.x, call.b, call.c, call.y, call.state})
     packs = packs && rows_take_packs(rows, call.width, sizeof(T), N);
   const unsigned sequences = static_cast<unsigned>(call.batch < 65535 ? call.batch : 65535);

@@ -82,6 +82,39 @@ __device__ __forceinline__ void store(const float (&from)[count], T* to) {
   *reinterpret_cast<Pack<T, count>*>(to) = pack;
 }
 
+// The same to global memory, certainly in one access: the compiler splits some of the above.
+#ifdef STAR_EMULATE_CUDA
+template <int count, class T>
+inline void store_global(const float (&from)[count], T* to) {
+  store<count>(from, to);
+}
+#else
+// The 32-bit word of an element, or of two of 16 bits.
+__device__ __forceinline__ uint32_t word_of(const float* from, const float*) { return __float_as_uint(from[0]); }
+template <class T>
+__device__ __forceinline__ uint32_t word_of(const float* from, const T*) {
+  return from_float<T>(from[0]).bits | static_cast<uint32_t>(from_float<T>(from[1]).bits) << 16;
+}
+
+template <int count, class T>
+__device__ __forceinline__ void store_global(const float (&from)[count], T* to) {
+  constexpr int bytes = count * static_cast<int>(sizeof(T)), step = 4 / static_cast<int>(sizeof(T));
+  const size_t address = __cvta_generic_to_global(to);
+  if constexpr (bytes == 16) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(word_of(from, to)),
+                 "r"(word_of(from + step, to)), "r"(word_of(from + 2 * step, to)),
+                 "r"(word_of(from + 3 * step, to))
+                 : "memory");
+  } else if constexpr (bytes == 8) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(word_of(from, to)),
+                 "r"(word_of(from + step, to))
+                 : "memory");
+  } else {
+    store<count>(from, to);
+  }
+}
+#endif
+
 // A weight in whatever floating dtype it was given, read without a conversion in memory.
 struct Weight {
   const void* data = nullptr;
