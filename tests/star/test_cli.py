@@ -21,7 +21,7 @@ from star.commands.search import carry_out
 
 COMMANDS = (
     *("search", "resume", "report", "show", "train", "table", "compare"),
-    *("generate", "export", "eval", "bench"),
+    *("generate", "export", "eval", "profile", "bench"),
 )
 GENOME = "21211-31112-21221-32112"
 SCREEN_LINES = 58  # of a window that fills a screen
