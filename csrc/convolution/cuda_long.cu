@@ -204,7 +204,7 @@ __device__ __forceinline__ void combine(const LongStepCall& call, const LongStep
 }
 
 template <class Form>
-__global__ void __launch_bounds__(threads, Form::batch == 1 ? 5 : 3) long_step_kernel(LongStepCall call) {
+__global__ void __launch_bounds__(threads, Form::batch == 1 ? 4 : 3) long_step_kernel(LongStepCall call) {
   constexpr int warps = threads / warp_size, channels = Form::channels;
   alignas(16) __shared__ float buffer[Form::buffer];
   __shared__ int64_t places[Form::batch];
