@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -111,7 +112,8 @@ def report(
         lines.append(
             f"| {title(name)} | {value(name, middle)} | {statistics.median(errors):.1%} | {max(errors):.1%} |"
         )
-    return "\n".join([*lines, "", "`python -m benchmarks.prediction`", ""])
+    command = " ".join(["python -m benchmarks.prediction", *sys.argv[1:]])
+    return "\n".join([*lines, "", f"`{command}`", ""])
 
 
 def _line(predicted: Values, measured: Values) -> str:

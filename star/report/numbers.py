@@ -69,7 +69,7 @@ def value(objective: str, number: float | None) -> str:
     if form == "milliseconds":
         return f"{number / 1e3:.3g} s" if number >= 1e4 else f"{number:.3g} ms"
     if form == "rate":
-        return f"{_scaled(number)}tokens/s"
+        return f"{_scaled(float(f'{number:.3g}'))}tokens/s"
     return _scaled(number).rstrip()
 
 

@@ -12,7 +12,7 @@ from star.genome import Genome, GenomeError
 from star.report.device import device_section
 from star.report.figures import svg
 from star.report.html import Html, element, join
-from star.report.numbers import change, count, difference, duration, measured_objectives, title, value
+from star.report.numbers import change, count, difference, duration, measured_objectives, sign, title, value
 from star.report.plots import Plot
 from star.report.style import CSS
 from star.report.summary import MAIN_REFERENCE, RunSummary
@@ -214,8 +214,9 @@ def _row(
         relative = None
         if number is not None and column in base:
             text = difference(number, base[column])
-            sign = "better" if text.endswith("less") else "worse" if text.endswith("more") else None
-            relative = element("small", text, class_=sign)
+            good, bad = ("less", "more") if sign(column) > 0 else ("more", "less")
+            judged = "better" if text.endswith(good) else "worse" if text.endswith(bad) else None
+            relative = element("small", text, class_=judged)
         cells.append(element("td", value(column, number), relative, class_="number"))
     generation = "" if item.generation is None else item.generation + 1
     failed = None if item.ok else element("small", f"failed: {item.reason}")
