@@ -334,13 +334,13 @@ inline Mixes mixes_of(DeviceArguments& arguments, const Tensor& tensor, const ch
   return Mixes{kept.data_ptr(), kept.stride(0), kept.stride(1), grouped ? kept.stride(2) : 0};
 }
 
-constexpr int64_t most_states = 128;
+constexpr int64_t most_states = 64;
 
 // How many channels a block has for so many states: see with_states.
 inline int64_t channels_of_block(int64_t states) {
   return states <= 2 ? scan_threads : states <= 16 ? scan_threads / 4 : scan_threads / 32;
 }
-inline int64_t padded_states(int64_t states) { return states <= 2 ? 2 : states <= 16 ? 16 : 128; }
+inline int64_t padded_states(int64_t states) { return states <= 2 ? 2 : states <= 16 ? 16 : 64; }
 
 inline SelectiveScanCall prepare(DeviceArguments& arguments, const SelectiveScanInputs& in) {
   STD_TORCH_CHECK(in.x.dim() == 3 && in.A.dim() == 2, "x must be (B, L, D) and A (D, N)");
@@ -389,6 +389,6 @@ inline unsigned scan_blocks(const SelectiveScanCall& call) {
     constexpr int STATES = 4, LANES = 4;             \
     __VA_ARGS__;                                     \
   } else {                                           \
-    constexpr int STATES = 4, LANES = 32;            \
+    constexpr int STATES = 2, LANES = 32;            \
     __VA_ARGS__;                                     \
   }

@@ -230,7 +230,7 @@ struct Backward {
 };
 
 template <int STATES, int LANES>
-__global__ void __launch_bounds__(scan_threads, LANES == 4 ? 3 : 2) selective_scan_backward_kernel(SelectiveScanBackwardCall call) {
+__global__ void __launch_bounds__(scan_threads, 2) selective_scan_backward_kernel(SelectiveScanBackwardCall call) {
   using Pass = Backward<STATES, LANES>;
   constexpr int tokens = Pass::tokens;
   __shared__ typename Pass::Shared shared;

@@ -9,10 +9,15 @@ from torch import Tensor
 
 from star_kernels import dispatch
 from star_kernels.compiled import call, like, operator, register_autograd, register_fake
+from star_kernels.recurrence import reference
 
 # Looked up once: a step counts in microseconds.
 _LINEAR_STEP = operator("linear_scan_step")
 _SELECTIVE_STEP = operator("selective_scan_step")
+
+MOST_CUDA_STATES = 64
+MOST_CUDA_ELEMENTS = 2**31 - 1
+"""Of the CUDA form of the selective scan: what its threads hold, and the offsets that they count in."""
 
 
 def sequence_count(x: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -170,7 +175,25 @@ def selective_scan(
     return_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See :func:`star_kernels.selective_scan`."""
+    """See :func:`star_kernels.selective_scan`. What is too large for the CUDA kernel goes to Triton's, which
+    itself gives more states than it can hold to the definition."""
+    if x.is_cuda and (A.shape[1] > MOST_CUDA_STATES or x.numel() > MOST_CUDA_ELEMENTS):
+        larger = dispatch.form("selective_scan", "triton") or reference.selective_scan
+        result: Tensor | tuple[Tensor, Tensor] = larger(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            z,
+            dt_bias,
+            dt_softplus=dt_softplus,
+            initial_state=initial_state,
+            return_final_state=return_final_state,
+            cu_seqlens=cu_seqlens,
+        )
+        return result
     y, final_state = call(
         operator("selective_scan"),
         x,
