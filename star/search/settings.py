@@ -78,10 +78,10 @@ class RecallSettings:
     # The smallest that tells backbones of 24 LIVs apart within seconds; in larger ones, attention has not
     # begun to recall when the time is over.
     task: str = "mqar:vocab_size=16,length=12,pairs=3"
-    steps: int = 120
+    steps: int = 100
     batch_size: int = 16
     learning_rate: float = 2e-3
-    warmup_steps: int = 12
+    warmup_steps: int = 10
     validation_batches: int = 16
 
     def __post_init__(self) -> None:

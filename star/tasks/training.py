@@ -194,8 +194,10 @@ class TaskRun:
         every = evaluate_every or settings.steps
         self.settings = dataclasses.replace(settings, length=task.length, evaluate_every=0)
         self.every = every
-        # `Training` reads nothing of a corpus but what TaskSequences has.
-        self.training = Training(model, self.settings, cast(Corpus, self.sequences), progress)
+        # `Training` reads nothing of a corpus but what TaskSequences has. `score` evaluates on all held
+        # batches; the loop's own evaluation at its end only needs to be there.
+        looped = dataclasses.replace(self.settings, validation_batches=1)
+        self.training = Training(model, looped, cast(Corpus, self.sequences), progress)
         self.training.point_every = every
         self.curve: list[TaskPoint] = []
         self._bits: float | None = None
