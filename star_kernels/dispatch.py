@@ -179,7 +179,7 @@ def choose(operator: str, backend: str | None, tensor: Tensor) -> Callable[..., 
     if backend is None:
         backend = _in_use
     if backend is None:
-        for name in BACKENDS:
+        for name in _order(operator, tensor):
             candidate = forms.get(name)
             if candidate is None or candidate.by_name_only:
                 continue
@@ -197,6 +197,22 @@ def choose(operator: str, backend: str | None, tensor: Tensor) -> Callable[..., 
     if problem is not None:
         raise ValueError(f"{operator}: backend {backend!r} {problem}")
     return named.function
+
+
+def _order(operator: str, tensor: Tensor) -> tuple[str, ...]:
+    """The backends in the order in which a call tries them: where CUDA and Triton compete, the one first that
+    the tables of tuned configurations say was faster on the tensor's device."""
+    if not _implementations[operator].keys() >= {"cuda", "triton"}:
+        return BACKENDS
+    measured = _measured(operator, str(tensor.device))
+    return BACKENDS if measured is None else (measured, *(name for name in BACKENDS if name != measured))
+
+
+@torch.compiler.assume_constant_result
+def _measured(operator: str, device: str) -> str | None:
+    from star_kernels.launch import tables  # imports Triton, which has been imported for the form
+
+    return tables.backend_of(tables.family_of(torch.device(device)), operator)
 
 
 def form(operator: str, backend: str) -> Callable[..., Any] | None:
@@ -246,7 +262,8 @@ def compiled_step(function: Step) -> Step:
 def available(operator: str, tensor: Tensor) -> tuple[str, ...]:
     """The backends that cover a call of ``operator`` whose first tensor is ``tensor``, fastest first."""
     forms = _implementations[operator]
-    return tuple(name for name in BACKENDS if name in forms and forms[name].problem(tensor) is None)
+    order = _order(operator, tensor)
+    return tuple(name for name in order if name in forms and forms[name].problem(tensor) is None)
 
 
 def fastest(operator: str, tensor: Tensor) -> tuple[str, ...]:

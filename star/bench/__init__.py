@@ -230,14 +230,15 @@ def calls(
     dtype: str = "float32",
     device: str = "cpu",
     backends: tuple[str, ...] | None = None,
+    peers: bool = True,
 ) -> dict[str, Callable[[], object]]:
     """What `measure` times, by name, for another clock: the backends, the default first, and the peers.
 
     To be called with gradients enabled, but for "forward".
     """
     arguments = case.make(case.sizes, Fill.seeded(DTYPES[dtype], device_named(device)))
-    peers, _ = _peer_calls(case, arguments, passes, ("",))
-    return _backend_calls(case, arguments, passes, compiled=False, backends=backends) | peers
+    others, _ = _peer_calls(case, arguments, passes, ("",)) if peers else ({}, {})
+    return _backend_calls(case, arguments, passes, compiled=False, backends=backends) | others
 
 
 def device_named(name: str) -> torch.device:

@@ -8,7 +8,7 @@ repeated with each of its kernel's candidates in turns, and the fastest becomes 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from star.bench.cases import Case, Fill, tensors
 from star.bench.timing import Timing, interleaved
 from star_kernels import dispatch
 
-__all__ = ["Tuned", "tune", "write_table"]
+__all__ = ["Tuned", "faster_backends", "tune", "write_table"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,33 @@ def _fastest(launch: Any, device: torch.device, seconds: float) -> Tuned:
     )
 
 
-def write_table(tuned: Sequence[Tuned], path: Path, device: torch.device) -> None:
+def faster_backends(
+    cases: Sequence[Case], table: Path, *, dtype: str, device: torch.device, seconds: float = 0.5
+) -> dict[str, str]:
+    """Which form is faster, with the table's configurations, of every operator with a CUDA and a Triton form:
+    over all its cases together, forward and, where there is one, backward.
+    """
+    from star import bench
+    from star_kernels.launch import tables
+
+    total: dict[str, dict[str, float]] = {}
+    with tables.using(table):
+        for case in cases:
+            if any(dispatch.form(case.operator, name) is None for name in ("cuda", "triton")):
+                continue
+            passes = "both" if case.gradients else "forward"
+            calls = bench.calls(
+                case, passes, dtype=dtype, device=str(device), backends=("cuda", "triton"), peers=False
+            )
+            for name, timing in interleaved(calls, seconds, device).items():
+                sums = total.setdefault(case.operator, {})
+                sums[name] = sums.get(name, 0.0) + timing.median
+    return {operator: min(times, key=times.__getitem__) for operator, times in total.items()}
+
+
+def write_table(
+    tuned: Sequence[Tuned], path: Path, device: torch.device, backends: Mapping[str, str] | None = None
+) -> None:
     """Writes, or adds to, a table of configurations; the file is whole or unchanged.
 
     Raises:
@@ -122,11 +148,13 @@ def write_table(tuned: Sequence[Tuned], path: Path, device: torch.device) -> Non
     from star_kernels.launch import tables
 
     configurations = tables.read(path) if path.exists() else {}
+    preferred = {**(tables.read_backends(path) if path.exists() else {}), **(backends or {})}
     for line in tuned:
         configurations.setdefault(line.kernel, {})[line.shape] = line.configuration
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter"
     content = {
-        "device": name, "source": "timed", "torch": torch.__version__, "configurations": configurations,
+        "device": name, "source": "timed", "torch": torch.__version__,
+        "backends": preferred, "configurations": configurations,
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")

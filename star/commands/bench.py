@@ -98,7 +98,7 @@ def _tune(cases: list[Case], every: bool, dtype: str, device: str, table: Path, 
     from dataclasses import asdict
 
     from star import bench as timing
-    from star.bench.tune import tune, write_table
+    from star.bench.tune import faster_backends, tune, write_table
     from star.commands.terminal import emit, say, screen
     from star_kernels import dispatch
 
@@ -117,7 +117,10 @@ def _tune(cases: list[Case], every: bool, dtype: str, device: str, table: Path, 
             device=place,
             tell=lambda text: status.update(f"tuning {text}"),
         )
-    write_table(tuned, table, place)
+        write_table(tuned, table, place)
+        status.update("comparing backends")
+        faster = faster_backends(cases, table, dtype=dtype, device=place)
+        write_table([], table, place, faster)
     if as_json:
         emit([asdict(line) for line in tuned])
         return
@@ -127,6 +130,8 @@ def _tune(cases: list[Case], every: bool, dtype: str, device: str, table: Path, 
             console,
             f"{line.kernel:36} {line.shape:24} {1e6 * line.seconds:9.1f} µs {line.gain:5.2f}x  {blocks}",
         )
+    for operator, backend in faster.items():
+        say(console, f"{operator}: {backend} is the faster backend")
     say(console, f"{len(tuned)} kernels in {table}; STAR_KERNELS_TABLE={table} makes star_kernels use it")
 
 

@@ -7,6 +7,9 @@ variable STAR_KERNELS_TABLE names is read before the shipped ones.
 ``source`` says where the configurations come from. "compiled, not timed": chosen from what the compiler says
 of them (registers, shared memory, and so how many blocks a multiprocessor holds), with the ``reasons`` beside
 them; nobody has timed them. "timed": the fastest of what ``star bench --tune`` tried on that device.
+
+``"backends": {operator: "cuda" or "triton"}``, which is optional, says which of an operator's two GPU forms
+was faster there; without it the CUDA one goes first.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +66,52 @@ def source_of(family: str) -> str:
 def _user_table() -> dict[str, dict[str, dict[str, int]]]:
     named = os.environ.get(VARIABLE)
     return read(Path(named)) if named else {}
+
+
+@functools.cache
+def backend_of(family: str, operator: str) -> str | None:
+    """Which of an operator's GPU forms was faster on a device family; None where nobody measured it."""
+    named = os.environ.get(VARIABLE)
+    shipped = SHIPPED / f"{family}.json"
+    for path in ([Path(named)] if named else []) + ([shipped] if shipped.exists() else []):
+        found = read_backends(path).get(operator)
+        if found is not None:
+            return found
+    return None
+
+
+@contextmanager
+def using(path: Path) -> Iterator[None]:
+    """Inside, ``path`` is the user's table, as if STAR_KERNELS_TABLE had named it from the start."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = str(path)
+    _forget()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
+        _forget()
+
+
+def _forget() -> None:
+    for cached in (lookup, _user_table, backend_of):
+        cached.cache_clear()
+
+
+def read_backends(path: Path) -> dict[str, str]:
+    """The forms that a table file prefers, by operator.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    read(path)
+    backends = json.loads(path.read_text(encoding="utf-8")).get("backends", {})
+    if not isinstance(backends, dict) or not set(backends.values()) <= {"cuda", "triton"}:
+        raise ValueError(f'{path}: "backends" takes operators with "cuda" or "triton", not {backends!r}')
+    return backends
 
 
 def read(path: Path) -> dict[str, dict[str, dict[str, int]]]:

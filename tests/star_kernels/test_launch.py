@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -123,3 +125,29 @@ def test_without_a_gpu_the_error_says_so() -> None:
 
     with pytest.raises(ValueError, match=r"does not take torch\.float64"):
         star_kernels.glu(x.double(), x.double(), backend="triton")
+
+
+def test_the_backend_that_a_table_prefers_goes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def form(name: str) -> Callable[[Tensor], Tensor]:
+        return lambda x: x + ("cuda", "triton").index(name)
+
+    monkeypatch.setattr(dispatch, "_implementations", dict(dispatch._implementations))
+    for name in ("cuda", "triton"):
+        dispatch.register("two_forms", name, form(name))
+
+    def call(x: Tensor) -> Tensor:
+        answer: Tensor = dispatch.choose("two_forms", None, x)(x)
+        return answer
+
+    x = torch.zeros(1)
+    assert call(x).item() == 0.0  # nobody measured: CUDA
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({"configurations": {}, "backends": {"two_forms": "triton"}}))
+    with tables.using(table):
+        assert call(x).item() == 1.0
+        assert dispatch.fastest("two_forms", x) == ("triton", "cuda")
+        assert torch.compile(call, fullgraph=True, backend="eager")(x).item() == 1.0
+    assert call(x).item() == 0.0
+    table.write_text(json.dumps({"configurations": {}, "backends": {"two_forms": "fastest"}}))
+    with tables.using(table), pytest.raises(ValueError, match=r"table\.json.*backends"):
+        call(x)
