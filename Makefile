@@ -10,7 +10,7 @@ TEST_WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test lint types pytest emulated install build wheel test-wheel sanitize bench-cpu bench-gpu compile-matrix compile-cuda clean
+.PHONY: demo test lint types pytest emulated install build wheel test-wheel sanitize compute-sanitizer bench-cpu bench-gpu compile-matrix compile-cuda clean
 
 demo: $(VENV)/.search build
 	@if [ -e $(RUN)/run.db ]; then $(BIN)/star resume $(RUN); else $(BIN)/star search $(RUN) --preset demo; fi
@@ -131,6 +131,14 @@ sanitize: $(VENV)/.dev
 		STAR_EMULATED_CUDA=emulated/emulated_cuda.so STAR_EMULATED_ORDER=backward \
 		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)" \
 		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -k "not compile and not opcheck" $(ON_KERNELS)
+
+# On a machine with a GPU: no access out of bounds, no race in shared memory, over the CUDA kernels' tests.
+compute-sanitizer: $(VENV)/.dev build
+	for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+			--target-processes all $(BIN)/python -m pytest -q -p no:cacheprovider -m gpu -k "cuda and not compile" \
+			$(ON_KERNELS) || exit 1; \
+	done
 
 clean:
 	rm -rf build dist *.egg-info star_kernels/*.so $(VENV)/.compiled
