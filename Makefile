@@ -130,7 +130,7 @@ sanitize: $(VENV)/.dev
 	cd $(SANITIZED) && PYTHONPATH=$$PWD ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 TRITON_INTERPRET=0 \
 		STAR_EMULATED_CUDA=emulated/emulated_cuda.so STAR_EMULATED_ORDER=backward \
 		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)" \
-		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -k "not compile and not opcheck" $(ON_KERNELS)
+		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -k "(agrees and float32) or test_steps" $(ON_KERNELS)
 
 # On a machine with a GPU: no access out of bounds, no race in shared memory, over the CUDA kernels' tests.
 compute-sanitizer: $(VENV)/.dev build
