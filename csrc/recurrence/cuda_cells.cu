@@ -102,7 +102,7 @@ struct Channel {
 };
 
 template <class T, class Cell>
-__global__ void __launch_bounds__(walk_threads) cell_walk_kernel(CellCall call) {
+__global__ void __launch_bounds__(walk_threads, 1) cell_walk_kernel(CellCall call) {
   const int64_t index = blockIdx.x * static_cast<int64_t>(walk_threads) + threadIdx.x;
   if (index >= call.batch * call.width) return;
   const Channel at{index / call.width, index % call.width, true};
