@@ -28,6 +28,7 @@ from rich.console import Console
 import star_kernels
 from benchmarks import gpu_worker
 from benchmarks.gpu_decode import decode_rows
+from benchmarks.gpu_models import model_names
 from benchmarks.gpu_report import Results
 from benchmarks.gpu_rows import ROWS, rows_of
 
@@ -193,6 +194,8 @@ def run(
     try:
         _rows(results, worker, operators, clock, tell, save)
         _steps(results, worker, operators, clock, tell, save)
+        if operators is None:
+            _models(results, worker, clock, tell, save)
     finally:
         worker.stop()
     tell("first calls")
@@ -252,6 +255,25 @@ def _steps(
             results.decode.append(worker.ask(gpu_worker.step, number, limit=limit))
         except gpu_worker.Lost as lost:
             results.failures[name] = str(lost)
+        save()
+
+
+def _models(
+    results: Results,
+    worker: gpu_worker.Worker,
+    clock: Clock,
+    tell: Callable[[str], None],
+    save: Callable[[], object],
+) -> None:
+    for number, (name, batch) in enumerate(model_names()):
+        tell(f"{name}, batch {batch}")
+        limit = min(FOR_ROW, clock.left(reserved=FOR_LAST / 3))
+        try:
+            if limit <= 0:
+                raise gpu_worker.Lost("the time of the whole run was over")
+            results.models.append(worker.ask(gpu_worker.model, number, limit=limit))
+        except gpu_worker.Lost as lost:
+            results.failures[f"{name}, batch {batch}"] = str(lost)
         save()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks import report
 from benchmarks.checks import Check
 from benchmarks.gpu_decode import DecodeRow, decode_checks, decode_table
+from benchmarks.gpu_models import ModelRow, model_checks, model_table
 from benchmarks.gpu_rows import MEMORY_FRACTION, GpuRow, Limit
 from star import bench
 
@@ -32,6 +33,7 @@ class Results:
         first_calls: seconds by operator, under "cold" and "warm".
         memory: peak bytes of linear_cross_entropy, ours and its peers'.
         decode: the steps.
+        models: whole models' steps.
     """
 
     device: str
@@ -42,11 +44,13 @@ class Results:
     first_calls: dict[str, dict[str, float]] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)
     decode: list[DecodeRow] = field(default_factory=list)
+    models: list[ModelRow] = field(default_factory=list)
 
     @property
     def checks(self) -> list[Check]:
         rows = [check for row, measured in self.measurements for check in row_checks(row, measured)]
-        return [*rows, *decode_checks(self.decode), *other_checks(self.first_calls, self.memory)]
+        steps = [*decode_checks(self.decode), *model_checks(self.models)]
+        return [*rows, *steps, *other_checks(self.first_calls, self.memory)]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -55,6 +59,7 @@ class Results:
             "tests": self.tests,
             "operators": [measurement.to_json() for _, measurement in self.measurements],
             "decode": [row.to_json() for row in self.decode],
+            "models": [row.to_json() for row in self.models],
             "failures": self.failures,
             "first_calls": self.first_calls,
             "peak_bytes": self.memory,
@@ -155,6 +160,8 @@ def document(results: Results) -> str:
     parts += ["## Times", report.times(tuple(results.measurements))]
     if results.decode:
         parts += ["## Decode steps", decode_table(results.decode)]
+    if results.models:
+        parts += ["## Decoding whole models", model_table(results.models)]
     first = results.first_calls
     if first:
         calls = [

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_decode import DecodeRow, decode_rows, measure_decode
+from benchmarks.gpu_models import ModelRow, measure_model, model_names
 from benchmarks.gpu_rows import GpuRow, rows_of
 from star import bench
 from star_kernels import dispatch
@@ -134,6 +135,15 @@ def step(settings: _Settings, number: int) -> DecodeRow:
     case = decode_rows(None, quick=settings.quick)[number]
     dtype, place = bench.DTYPES[settings.dtype], torch.device(settings.device)
     return measure_decode(case, device=place, dtype=dtype, seconds=settings.seconds / 4)
+
+
+def model(settings: _Settings, number: int) -> ModelRow:
+    """One whole model's times."""
+    name, batch = model_names()[number]
+    dtype, place = bench.DTYPES[settings.dtype], torch.device(settings.device)
+    return measure_model(
+        name, batch, device=place, dtype=dtype, seconds=settings.seconds / 2, quick=settings.quick
+    )
 
 
 def memory(settings: _Settings, number: int) -> dict[str, float]:

@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
+
+from benchmarks import gpu_models
 
 OPERATORS = ("glu", "gated_long_conv", "gru_scan", "linear_cross_entropy")
 STEP = "linear_scan_step"
@@ -35,6 +38,17 @@ def test_the_whole_path_runs_in_the_interpreter(tmp_path: Path) -> None:
     text = (tmp_path / "triton-s-interpreter.md").read_text()
     assert "nothing about speed" in text
     assert "665x reference" in text
+
+
+@pytest.mark.parametrize(("name", "batch"), [("StripedMamba", 1), ("LFM2", 64)])
+def test_whole_models_decode_at_one_place_again_and_again(name: str, batch: int) -> None:
+    row = gpu_models.measure_model(
+        name, batch, device=torch.device("cpu"), dtype=torch.float32, seconds=0.0, quick=True
+    )
+    assert row.seconds > 0
+    assert row.weight_bytes > 0
+    assert len(gpu_models.model_checks([row])) == (batch == 1)
+    assert f"| {name} | {batch} | 20 |" in gpu_models.model_table([row])
 
 
 def test_a_run_without_time_says_so_and_writes_what_it_has(tmp_path: Path) -> None:
