@@ -208,11 +208,14 @@ def _order(operator: str, tensor: Tensor) -> tuple[str, ...]:
     return BACKENDS if measured is None else (measured, *(name for name in BACKENDS if name != measured))
 
 
-@torch.compiler.assume_constant_result
 def _measured(operator: str, device: str) -> str | None:
     from star_kernels.launch import tables  # imports Triton, which has been imported for the form
 
     return tables.backend_of(tables.family_of(torch.device(device)), operator)
+
+
+# What torch.compiler.assume_constant_result sets, which would load the compiler here, with every import.
+_measured._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def form(operator: str, backend: str) -> Callable[..., Any] | None:
