@@ -64,11 +64,24 @@ def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor], whe
             tensor.copy_(source[name])
 
 
+def _in_one_order(data: bytes) -> bytes:
+    """The same file with its metadata sorted: safetensors writes them in another order every time, and equal
+    weights shall be equal bytes."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8, and offsets count from there
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
 def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, about: Mapping[str, Any]) -> None:
     """Writes tensors and JSON as one safetensors file, atomically. Raises OSError."""
     path = Path(path)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = safetensors.torch.save(plain, metadata={"format": "pt", _ABOUT: json.dumps(about, sort_keys=True)})
+    data = _in_one_order(
+        safetensors.torch.save(plain, metadata={"format": "pt", _ABOUT: json.dumps(about, sort_keys=True)})
+    )
     partial = path.with_name(f"{path.name}.partial")
     try:
         with open(partial, "wb") as file:

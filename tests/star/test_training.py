@@ -181,3 +181,15 @@ def test_checkpoints_of_another_training_are_refused(
     interrupted.write_bytes(interrupted.read_bytes()[:-10])
     with pytest.raises(ValueError, match="not a weights file"):
         train_model(model, SETTINGS, corpus, checkpoint=interrupted)
+
+
+def test_equal_weights_are_equal_bytes(tmp_path: Path) -> None:
+    tensors = {"b": torch.arange(3.0), "a": torch.ones(5, dtype=torch.bfloat16)}
+    files = set()
+    for _ in range(10):
+        weights.write_tensors(tensors, tmp_path / "w.safetensors", {"genome": "é"})
+        files.add((tmp_path / "w.safetensors").read_bytes())
+    assert len(files) == 1
+    read, about = weights.read_tensors(tmp_path / "w.safetensors")
+    assert about == {"genome": "é"}
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
