@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from star.config import ModelConfig
 from star.genome import Genome
@@ -75,6 +75,30 @@ def is_training(directory: Path) -> bool:
     return (directory / RECORD).is_file()
 
 
+Record = TypeVar("Record")
+
+
+def read_record(path: Path, version: int, interpret: Callable[[Any], Record]) -> Record:
+    """What `interpret` makes of a record's JSON: an object with "format", which is `version`, and "identity".
+
+    Raises:
+        ValueError: it is damaged.
+        OSError: it can not be read.
+    """
+    with open(path, "rb") as file:
+        raw = file.read(_RECORD_BYTES_AT_MOST + 1)
+    try:
+        if len(raw) > _RECORD_BYTES_AT_MOST:
+            raise ValueError("it is too large")
+        value = json.loads(raw)
+        if value["format"] != version or not isinstance(value["identity"], dict):
+            raise ValueError("it has another format")
+        return interpret(value)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is damaged: {reason}") from error
+
+
 def read_training(directory: Path) -> TrainingRecord:
     """The record of a training.
 
@@ -82,24 +106,16 @@ def read_training(directory: Path) -> TrainingRecord:
         ValueError: it is damaged.
         OSError: it can not be read.
     """
-    path = directory / RECORD
-    with open(path, "rb") as file:
-        raw = file.read(_RECORD_BYTES_AT_MOST + 1)
-    try:
-        if len(raw) > _RECORD_BYTES_AT_MOST:
-            raise ValueError("it is too large")
-        value = json.loads(raw)
-        if value["format"] != FORMAT or not isinstance(value["identity"], dict):
-            raise ValueError("it has another format")
+
+    def interpret(value: Any) -> TrainingRecord:
         outcome = value["outcome"]
         if outcome is not None and not isinstance(outcome, dict):
             raise ValueError("its outcome is no object")
         record = TrainingRecord(value["identity"], outcome)
         _ = record.genome, record.config
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is damaged: {reason}") from error
-    return record
+        return record
+
+    return read_record(directory / RECORD, FORMAT, interpret)
 
 
 def train(

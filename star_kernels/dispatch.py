@@ -202,7 +202,8 @@ def choose(operator: str, backend: str | None, tensor: Tensor) -> Callable[..., 
 def _order(operator: str, tensor: Tensor) -> tuple[str, ...]:
     """The backends in the order in which a call tries them: where CUDA and Triton compete, the one first that
     the tables of tuned configurations say was faster on the tensor's device."""
-    if not _implementations[operator].keys() >= {"cuda", "triton"}:
+    forms = _implementations[operator]
+    if "cuda" not in forms or "triton" not in forms:
         return BACKENDS
     measured = _measured(operator, str(tensor.device))
     return BACKENDS if measured is None else (measured, *(name for name in BACKENDS if name != measured))

@@ -5,6 +5,7 @@
 // an order that the shape fixes.
 #include "../common/cuda/arguments.h"
 #include "../common/cuda/grid.h"
+#include "../common/cuda/parts.h"
 #include "../common/grid_tensor.h"
 
 #include <tuple>
@@ -118,15 +119,6 @@ __global__ void rms_norm_backward_kernel(RmsNormBackwardCall call) {
   }
 }
 
-// total = the parts' sum, in their order.
-__global__ void sum_parts_kernel(const float* parts, int64_t count, int64_t width, float* total) {
-  const int64_t d = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (d >= width) return;
-  float sum = 0.0f;
-  for (int64_t part = 0; part < count; ++part) sum += parts[part * width + d];
-  total[d] = sum;
-}
-
 int64_t width_of(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() >= 1, "x must be (..., D)");
   return x.size(x.dim() - 1);
@@ -211,10 +203,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, OptionalTensor dsum, Ten
                    launch(on, rms_norm_backward_kernel<T, N>, dim3(blocks(count)), threads_for(call.width, N), 0,
                           call));
   });
-  launch(on, sum_parts_kernel, dim3(blocks(ceil_div(call.width, 128))), dim3(128), 0,
-         static_cast<const float*>(parts.data_ptr()), count, call.width,
-         static_cast<float*>(dweight.data_ptr()));
-  return {dx, dweight};
+  return {dx, sum_parts(on, parts, dweight)};
 }
 
 }  // namespace

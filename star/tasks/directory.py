@@ -24,14 +24,13 @@ from star.proxy import Progress, ProxySettings
 from star.tasks.base import Task
 from star.tasks.training import TaskOutcome, TaskPoint, TaskRun, task_model
 from star.training import Diverged, failure_reason, thread_count
-from star.training_directory import CHECKPOINT, WEIGHTS, StoppedTraining, locked, write_whole
+from star.training_directory import CHECKPOINT, WEIGHTS, StoppedTraining, locked, read_record, write_whole
 
 __all__ = ["CURVE", "RECORD", "TaskRecord", "read", "train"]
 
 FORMAT = 1
 RECORD = "task.json"
 CURVE = "curve.png"
-_RECORD_BYTES_AT_MOST = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -133,19 +132,11 @@ def read(directory: Path) -> TaskRecord:
         ValueError: it is damaged.
         OSError: it can not be read.
     """
-    path = directory / RECORD
-    with open(path, "rb") as file:
-        raw = file.read(_RECORD_BYTES_AT_MOST + 1)
-    try:
-        if len(raw) > _RECORD_BYTES_AT_MOST:
-            raise ValueError("it is too large")
-        value = json.loads(raw)
-        if value["format"] != FORMAT or not isinstance(value["identity"], dict):
-            raise ValueError("it has another format")
-        return TaskRecord(value["identity"], TaskOutcome.from_json(value["outcome"]))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is damaged: {reason}") from error
+    return read_record(
+        directory / RECORD,
+        FORMAT,
+        lambda value: TaskRecord(value["identity"], TaskOutcome.from_json(value["outcome"])),
+    )
 
 
 def _identity(

@@ -35,7 +35,7 @@ inline void check_cuda(cudaError_t error, const char* what) {
 }
 
 // torch's own stream on a device. The function exists in CUDA builds of torch only, so it is looked up in the
-// library that the process has loaded already: this object then loads, and says what is wrong, everywhere.
+// library that the process has loaded, and this object builds beside any torch.
 inline cudaStream_t current_stream(int32_t device) {
   using Function = AOTITorchError (*)(int32_t, void**);
   static const Function function = [] {
