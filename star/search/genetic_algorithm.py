@@ -11,11 +11,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from star.genome import Genome
-from star.search.layouts import seeds
 from star.search.objectives import objective_vector
+from star.search.proposals import Proposals
 from star.search.settings import SearchSettings
 from star.search.store import Evaluation
-from star.search.variation import different_genomes, mutate, recombine
+from star.search.variation import mutate, recombine
 
 __all__ = ["ELITE", "GeneticAlgorithm"]
 
@@ -30,9 +30,8 @@ class GeneticAlgorithm:
     def __init__(self, settings: SearchSettings) -> None:
         self._settings = settings
         self._rng = np.random.default_rng(settings.seed)
-        self._known: set[str] = set()
+        self._proposals = Proposals(settings, self._rng)
         self._population: list[Genome] = []
-        self._proposed: list[Genome] = []
         self._fitness: dict[str, float] = {}
         self._units: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -42,36 +41,23 @@ class GeneticAlgorithm:
         for _ in range(settings.attempts * settings.population if self._population else 0):
             if len(children) >= settings.population:
                 break
-            for child in self._children():
-                if child.key not in self._known and len(children) < settings.population:
-                    children.setdefault(child.key, child)
-        if len(children) < settings.population:
-            drawn = different_genomes(
-                settings.population - len(children),
-                settings.depth,
-                self._rng,
-                settings.pool,
-                first=() if self._population else seeds(settings),
-                unwanted=self._known.union(children),
-            )
-            children |= {genome.key: genome for genome in drawn}
-        self._known.update(children)
-        self._proposed = list(children.values())
-        return self._proposed
+            new = filter(self._proposals.is_new, self._children())
+            children |= {child.key: child for child in new if child.key not in children}
+        return self._proposals.complete(children.values())
 
     def select(self, evaluations: Mapping[str, Evaluation]) -> list[Genome]:
         vectors = {
             genome.key: objective_vector(evaluations[genome.key].objectives, self._settings.objectives)
-            for genome in self._proposed
+            for genome in self._proposals.latest
             if evaluations[genome.key].ok
         }
         if self._units is None and vectors:
             points = np.array(list(vectors.values()))
             spread = points.max(axis=0) - points.min(axis=0)
             self._units = points.min(axis=0), np.where(spread > 0, spread, 1.0)
-        for genome in self._proposed:
+        for genome in self._proposals.latest:
             self._fitness[genome.key] = self._number(vectors.get(genome.key))
-        children = sorted(self._proposed, key=self._fitness_of)
+        children = sorted(self._proposals.latest, key=self._fitness_of)
         elite = sorted(self._population, key=self._fitness_of)[:ELITE]
         self._population = [*elite, *children][: max(self._settings.population, len(elite))]
         return self._population

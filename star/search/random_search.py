@@ -7,11 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from star.genome import Genome
-from star.search.layouts import seeds
+from star.search.proposals import Proposals
 from star.search.ranking import ranked_keys
 from star.search.settings import SearchSettings
 from star.search.store import Evaluation
-from star.search.variation import different_genomes
 
 __all__ = ["RandomSearch"]
 
@@ -23,19 +22,11 @@ class RandomSearch:
 
     def __init__(self, settings: SearchSettings) -> None:
         self._settings = settings
-        self._rng = np.random.default_rng(settings.seed)
+        self._proposals = Proposals(settings, np.random.default_rng(settings.seed))
         self._genomes: dict[str, Genome] = {}
 
     def propose(self) -> list[Genome]:
-        settings = self._settings
-        drawn = different_genomes(
-            settings.population,
-            settings.depth,
-            self._rng,
-            settings.pool,
-            first=() if self._genomes else seeds(settings),
-            unwanted=self._genomes.keys(),
-        )
+        drawn = self._proposals.complete(())
         self._genomes |= {genome.key: genome for genome in drawn}
         return drawn
 

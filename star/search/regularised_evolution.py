@@ -13,17 +13,17 @@ of the queue, as the paper's 25 of 100, and at least 2.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
 from star.genome import Genome
-from star.search.layouts import seeds
 from star.search.objectives import objective_vector
+from star.search.proposals import Proposals
 from star.search.ranking import fronts
 from star.search.settings import SearchSettings
 from star.search.store import Evaluation
-from star.search.variation import different_genomes, mutate
+from star.search.variation import mutate
 
 __all__ = ["QUEUE", "RegularisedEvolution"]
 
@@ -39,34 +39,20 @@ class RegularisedEvolution:
     def __init__(self, settings: SearchSettings) -> None:
         self._settings = settings
         self._rng = np.random.default_rng(settings.seed)
-        self._known: set[str] = set()
+        self._proposals = Proposals(settings, self._rng)
         self._queue: deque[Genome] = deque(maxlen=QUEUE * settings.population)
         self._vectors: dict[str, tuple[float, ...] | None] = {}
-        self._proposed: list[Genome] = []
 
     def propose(self) -> list[Genome]:
-        settings = self._settings
         children: dict[str, Genome] = {}
-        for _ in range(settings.population if self._queue else 0):
-            child = self._child(self._known.union(children))
+        for _ in range(self._settings.population if self._queue else 0):
+            child = self._child(children)
             if child is not None:
                 children[child.key] = child
-        if len(children) < settings.population:
-            drawn = different_genomes(
-                settings.population - len(children),
-                settings.depth,
-                self._rng,
-                settings.pool,
-                first=() if self._queue else seeds(settings),
-                unwanted=self._known.union(children),
-            )
-            children |= {genome.key: genome for genome in drawn}
-        self._known.update(children)
-        self._proposed = list(children.values())
-        return self._proposed
+        return self._proposals.complete(children.values())
 
     def select(self, evaluations: Mapping[str, Evaluation]) -> list[Genome]:
-        for genome in self._proposed:
+        for genome in self._proposals.latest:
             evaluation = evaluations[genome.key]
             self._vectors[genome.key] = (
                 objective_vector(evaluation.objectives, self._settings.objectives) if evaluation.ok else None
@@ -74,13 +60,13 @@ class RegularisedEvolution:
             self._queue.append(genome)
         return list(self._queue)
 
-    def _child(self, unwanted: set[str]) -> Genome | None:
+    def _child(self, siblings: Collection[str]) -> Genome | None:
         """A mutation of a parent that is a model not seen before; None where many attempts gave none."""
         settings = self._settings
         for _ in range(settings.attempts):
             mutant = mutate(self._parent(), settings.mutation_rate, self._rng, settings.pool)
             child = mutant.repair(self._rng, settings.pool)
-            if child.key not in unwanted:
+            if self._proposals.is_new(child) and child.key not in siblings:
                 return child
         return None
 
