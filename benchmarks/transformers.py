@@ -7,7 +7,11 @@
 Random weights, width 768, batch 1. Forward and forward + backward over 1024 tokens; decoding 64 tokens, one
 at a time, after that prompt. "Without" are transformers' own PyTorch forms, which it takes where
 causal_conv1d, mamba_ssm and fla are not installed. Samples of both take turns within one run, and switching
-between them is not timed.
+between them is not timed. Beside decoding stands its limit: a product of every weight matrix that a token
+needs with one vector, which neither form can do without.
+
+The whole table takes most of an hour, since some of transformers' forms take minutes a call. A run that was
+stopped goes on where it was when the same command is given again.
 """
 
 from __future__ import annotations
@@ -18,18 +22,21 @@ import copy
 import gc
 import importlib
 import inspect
+import json
 import logging
 import platform
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.hybrid_models import MODELS, HybridModel
 from star.bench.timing import LONG_CALL, threads_set
@@ -38,7 +45,7 @@ from star_kernels.integrations.functions import ADAPTERS
 from star_kernels.integrations.patching import Patch
 
 RESULT = Path(__file__).parent / "results" / "transformers.md"
-WITHOUT, WITH = "without", "with"
+WITHOUT, WITH, LIMIT = "without", "with", "limit"
 TASKS = ("forward", "forward + backward", "decode")
 
 
@@ -65,21 +72,30 @@ QUICK = Setting(length=24, tokens=3, seconds=0.05, large=False)
 
 @dataclass(frozen=True)
 class Row:
-    """One model: median seconds by task and form, and how far apart the logits are, by their norm."""
+    """One model: median seconds by task and form, and how far apart the logits are, by their norm.
+
+    `took`: seconds of the whole measurement.
+    """
 
     model: str
     layer: str
     parameters: int
     seconds: dict[str, dict[str, float]]
     difference: float
+    took: float
 
     def ratio(self, task: str) -> float:
         """How many times faster the task is with star_kernels."""
         return self.seconds[task][WITHOUT] / self.seconds[task][WITH]
 
+    def most(self, task: str) -> float:
+        """The ratio of a form that did nothing but what its weights take; only of decoding."""
+        return self.seconds[task][WITHOUT] / self.seconds[task][LIMIT]
+
 
 def measure(hybrid: HybridModel, setting: Setting) -> Row:
     """All tasks of one model, its two forms in turns."""
+    began = time.perf_counter()
     model = hybrid.build(**(hybrid.large() if setting.large else {}))
     vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     generator = torch.Generator().manual_seed(0)
@@ -89,11 +105,12 @@ def measure(hybrid: HybridModel, setting: Setting) -> Row:
         seconds = {
             "forward": _in_turns(setting, lambda: lambda: _forward(model, ids)),
             "forward + backward": _in_turns(setting, lambda: lambda: _train(model, ids)),
-            "decode": _in_turns(setting, _Decode(model, ids, setting.tokens).sample),
+            "decode": _decode_in_turns(setting, _Decode(model, ids, setting.tokens)),
         }
     parameters = sum(parameter.numel() for parameter in model.parameters())
     difference = float((logits[WITH] - logits[WITHOUT]).norm() / logits[WITHOUT].norm())
-    return Row(hybrid.module, hybrid.layer, parameters, seconds, difference)
+    took = time.perf_counter() - began
+    return Row(hybrid.module, hybrid.layer, parameters, seconds, difference, took)
 
 
 @contextlib.contextmanager
@@ -131,8 +148,8 @@ class _Decode:
         self._started: dict[bool, Any] = {}
 
     @torch.no_grad()
-    def sample(self) -> Callable[[], None]:
-        """Prepares a sample in the form that is on."""
+    def sample(self, tokens: int | None = None) -> Callable[[], None]:
+        """Prepares a sample in the form that is on; of fewer tokens where their number is given."""
         takes = inspect.signature(self._model.forward).parameters
         name = "cache_params" if "cache_params" in takes else "past_key_values"
         enabled = integration.is_enabled()
@@ -140,21 +157,76 @@ class _Decode:
             result = self._model(input_ids=self._ids, use_cache=True)
             # RecurrentGemma keeps its states in its layers, all others in the cache.
             self._started[enabled] = (
-                copy.deepcopy(self._model),
+                self._copy(self._model),
                 result.get(name),
                 result[0][:, -1:].argmax(-1),
             )
-        model, cache, token = copy.deepcopy(self._started[enabled])
+        model, cache, token = self._copy(self._started[enabled])
 
         @torch.no_grad()
         def decode() -> None:
             new, options = token, {name: cache}
-            for position in range(self._ids.shape[1], self._ids.shape[1] + self._tokens):
+            for position in range(self._ids.shape[1], self._ids.shape[1] + (tokens or self._tokens)):
                 if "position_ids" in takes:
                     options["position_ids"] = torch.tensor([[position]])
                 new = model(input_ids=new, use_cache=True, **options)[0][:, -1:].argmax(-1)
 
         return decode
+
+    def _copy(self, value: Any) -> Any:
+        """A deep copy but for the weights, which stay the same tensors."""
+        return copy.deepcopy(value, {id(parameter): parameter for parameter in self._model.parameters()})
+
+    def weights(self) -> Callable[[], None]:
+        """Each weight matrix of one token times one vector, as often as there are tokens."""
+        token = self.sample(1)
+        with _WeightsRead(self._model) as read:
+            token()
+        pairs = [(matrix, torch.ones(matrix.shape[1])) for matrix in read.matrices()]
+
+        @torch.no_grad()
+        def products() -> None:
+            for _ in range(self._tokens):
+                for matrix, vector in pairs:
+                    torch.mv(matrix, vector)
+
+        return products
+
+
+class _WeightsRead(TorchDispatchMode):
+    """Collects the weight matrices, or the parts of stacked ones, that operators other than look-ups read."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self._owners = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._read: dict[tuple[int, int], Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            for tensor in args:
+                if isinstance(tensor, Tensor) and tensor.dim() > 1 and self._is_weight(tensor):
+                    self._read[tensor.data_ptr(), tensor.numel()] = tensor.detach()
+        return func(*args, **(kwargs or {}))
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._owners
+
+    def matrices(self) -> list[Tensor]:
+        """Each once, two-dimensional and contiguous in memory."""
+        every = [part for tensor in self._read.values() for part in tensor.reshape(-1, *tensor.shape[-2:])]
+        return [matrix.T if matrix.stride(0) == 1 else matrix for matrix in every]
+
+
+def _decode_in_turns(setting: Setting, decode: _Decode) -> dict[str, float]:
+    """Both forms and the limit of both."""
+    seconds = _in_turns(setting, decode.sample)
+    products = decode.weights()
+    samples = []
+    for _ in range(3):
+        began = time.perf_counter()
+        products()
+        samples.append(time.perf_counter() - began)
+    return {**seconds, LIMIT: statistics.median(samples)}
 
 
 def _in_form(form: str, call: Callable[[], Any]) -> Any:
@@ -185,7 +257,37 @@ def _in_turns(setting: Setting, prepare: Callable[[], Callable[[], Any]]) -> dic
     return {form: statistics.median(values) for form, values in samples.items()}
 
 
-def document(rows: Sequence[Row], setting: Setting, threads: int, seconds: float) -> str:
+class Records:
+    """The rows that are measured, in a file beside the table until it is written: a stop loses one row.
+
+    Args:
+        table: the file that the table will be.
+        setting, threads: rows that were measured by others, or by other versions, are not taken up.
+    """
+
+    def __init__(self, table: Path, setting: Setting, threads: int) -> None:
+        self._path = table.with_suffix(".partial.jsonl")
+        versions = [torch.__version__, importlib.import_module("transformers").__version__, _processor()]
+        self._conditions = [asdict(setting), threads, *versions]
+        self.rows: dict[str, Row] = {}
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut off
+                conditions, row = json.loads(line)
+                if conditions == self._conditions:
+                    self.rows[row["model"]] = Row(**row)
+
+    def add(self, row: Row) -> None:
+        self.rows[row.model] = row
+        with open(self._path, "a") as file:
+            # A line of its own, whatever a kill has left before it.
+            file.write("\n" + json.dumps([self._conditions, asdict(row)]) + "\n")
+
+    def done(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+def document(rows: Sequence[Row], setting: Setting, threads: int) -> str:
     """The whole file."""
     transformers = importlib.import_module("transformers")
     lines = [
@@ -194,9 +296,11 @@ def document(rows: Sequence[Row], setting: Setting, threads: int, seconds: float
         "Remade by `python -m benchmarks.transformers`. Random weights, float32, batch 1, "
         f"{setting.length} tokens, {setting.tokens} tokens decoded after them; medians of samples taken in "
         f"turns within one run, {threads} threads of {_processor()}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}. The run took {seconds:.0f} s. Without: transformers' own PyTorch "
-        "forms; with: after `star_kernels.integrations.transformers.enable()`. The last column is the "
-        "norm of the logits' difference over their norm. Configurations: `benchmarks/hybrid_models.py`.",
+        f"{transformers.__version__}. Measuring took {sum(row.took for row in rows):.0f} s. Without: "
+        "transformers' own PyTorch forms; with: after `star_kernels.integrations.transformers.enable()`. "
+        "Limit: the time of the products of a token's weight matrices with one vector each, as often as "
+        "there are tokens, and the ratio of a form that took only this. The last column is the norm of the "
+        "logits' difference over their norm. Configurations: `benchmarks/hybrid_models.py`.",
         "",
     ]
     if not setting.large:
@@ -205,6 +309,7 @@ def document(rows: Sequence[Row], setting: Setting, threads: int, seconds: float
     for task in TASKS:
         unit = f"{task} of {setting.tokens}" if task == "decode" else task
         head += [f"{unit}: without", "with", "faster"]
+    head += ["limit", "at most"]
     head.append("difference")
     lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in rows:
@@ -212,7 +317,7 @@ def document(rows: Sequence[Row], setting: Setting, threads: int, seconds: float
         for task in TASKS:
             times = row.seconds[task]
             cells += [_time(times[WITHOUT]), _time(times[WITH]), f"{row.ratio(task):.1f}x"]
-        cells.append(f"{row.difference:.0e}")
+        cells += [_time(row.seconds["decode"][LIMIT]), f"{row.most('decode'):.1f}x", f"{row.difference:.0e}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -239,6 +344,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="per task of a model (10)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument(
+        "--rows-only", action="store_true", help="measure and keep the rows; a later run writes the table"
+    )
     options = parser.parse_args(arguments)
     names = [name for name in options.models.split(",") if name]
     unknown = set(names) - {model.module for model in MODELS}
@@ -247,16 +355,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setting = QUICK if options.quick else Setting(seconds=options.seconds or Setting.seconds)
     warnings.filterwarnings("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    rows, began = [], time.perf_counter()
-    with threads_set(options.threads):
-        for model in MODELS:
-            if not names or model.module in names:
-                rows.append(measure(model, setting))
-                gc.collect()
-                ratios = ", ".join(f"{task} {rows[-1].ratio(task):.1f}x" for task in TASKS)
-                print(f"{model}: {ratios}", flush=True)
+    wanted = [model for model in MODELS if not names or model.module in names]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(document(rows, setting, options.threads, time.perf_counter() - began))
+    records = Records(options.out, setting, options.threads)
+    with threads_set(options.threads):
+        for number, model in enumerate(wanted, start=1):
+            if model.module not in records.rows:
+                print(f"{number}/{len(wanted)} {model}: measuring", end="\r", file=sys.stderr, flush=True)
+                records.add(measure(model, setting))
+                gc.collect()
+            row = records.rows[model.module]
+            ratios = ", ".join(f"{task} {row.ratio(task):.1f}x" for task in TASKS)
+            print(
+                f"{number}/{len(wanted)} {model}: {ratios}, of at most {row.most('decode'):.1f}x", flush=True
+            )
+    if options.rows_only:
+        return 0
+    rows = [records.rows[model.module] for model in wanted]
+    options.out.write_text(document(rows, setting, options.threads))
+    records.done()
     return 0
 
 

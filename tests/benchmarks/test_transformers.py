@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.hybrid_models import MODELS
 
@@ -36,3 +38,29 @@ def test_an_unknown_model_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_model_can_be_made_large() -> None:
     for model in MODELS:
         assert {"hidden_size", "vocab_size"} <= model.large().keys()
+
+
+def test_a_stopped_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "transformers.md"
+    options = ["--quick", "--threads", "1", "--out", str(out)]
+    assert benchmark.main([*options, "--models", "lfm2", "--rows-only"]) == 0
+    kept = tmp_path / "transformers.partial.jsonl"
+    (record,) = kept.read_text().split("\n")[1:-1]
+    # A row that a kill cut off is measured again, one that is there is not.
+    kept.write_text(re.sub(r'("parameters": )\d+', r"\g<1>7000000", record) + "\n" + record[:40])
+    assert benchmark.main([*options, "--models", "lfm2,mamba"]) == 0
+    table = out.read_text()
+    assert "| lfm2 | `Lfm2ShortConv` | 7.0 M |" in table
+    assert "| mamba |" in table
+    assert not kept.exists()
+
+
+def test_the_limit_of_decoding_reads_the_weights_of_one_token() -> None:
+    hybrid = next(model for model in MODELS if model.module == "lfm2")
+    model = hybrid.build()
+    decode = benchmark._Decode(model, torch.randint(1, 61, (1, 8)), 3)
+    token = decode.sample(1)
+    with benchmark._WeightsRead(model) as read:
+        token()
+    expected = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert sum(matrix.numel() for matrix in read.matrices()) == expected
