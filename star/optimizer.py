@@ -8,19 +8,25 @@ would be most of a candidate's time. The update itself is the very kernel that
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["AdamW", "learning_rate"]
+__all__ = ["AdamW", "decays", "learning_rate"]
 
 
-def learning_rate(step: int, *, steps: int, warmup_steps: int, peak: float, final_rate: float) -> float:
-    """Rate of step 0..steps-1: linear up to `peak`, then half a cosine down to `final_rate * peak`."""
+def learning_rate(
+    step: int, *, steps: int, warmup_steps: int, peak: float, final_rate: float, schedule: str = "cosine"
+) -> float:
+    """Rate of step 0..steps-1: linear up to `peak`, then half a cosine down to `final_rate * peak`, or with
+    the schedule "constant" the peak to the end, whatever `steps` is."""
     warmup = min(warmup_steps, steps)
     if step < warmup:
-        return peak * (step + 1) / warmup
+        # A constant schedule's warm-up must not depend on the steps either, or prefixes would differ.
+        return peak * (step + 1) / (warmup_steps if schedule == "constant" else warmup)
+    if schedule == "constant":
+        return peak
     done = (step - warmup) / max(1, steps - warmup - 1)
     return peak * (final_rate + (1 - final_rate) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
@@ -30,6 +36,10 @@ class AdamW:
 
     `parameters`: names and parameters, each once. Those with two or more dimensions decay, unless they carry
     the attribute `no_weight_decay` set to True. A parameter without a gradient is left alone.
+
+    `rate_scales`: what the learning rate is multiplied by, by parameter's name; 1 where a name is missing.
+    A step's decay is not scaled: it stays rate x `weight_decay`, so that weights forget where they were after
+    as many steps (Wang and Aitchison, arXiv 2405.13698).
     """
 
     def __init__(
@@ -37,6 +47,7 @@ class AdamW:
         parameters: Iterable[tuple[str, nn.Parameter]],
         *,
         weight_decay: float,
+        rate_scales: Mapping[str, float] | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
     ) -> None:
@@ -44,6 +55,7 @@ class AdamW:
         self.first = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.second = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.weight_decay = weight_decay
+        self.rate_scales = dict(rate_scales or {})
         self.betas = betas
         self.eps = eps
         self.steps = 0
@@ -65,12 +77,19 @@ class AdamW:
     def step(self, rate: float, gradient_divisor: Tensor) -> None:
         """One update; the gradients are divided by `gradient_divisor` (a float32 scalar) on the way."""
         self.steps += 1
-        decaying = [n for n, p in self.parameters.items() if p.grad is not None and _decays(p)]
-        others = [n for n, p in self.parameters.items() if p.grad is not None and not _decays(p)]
         count = torch.full((), float(self.steps), device=gradient_divisor.device)
-        for names, decay in ((decaying, self.weight_decay), (others, 0.0)):
-            if names:
-                self._update(names, rate, decay, count, gradient_divisor)
+        for (decaying, scale), names in self._groups().items():
+            decay = self.weight_decay / scale if decaying else 0.0
+            self._update(names, rate * scale, decay, count, gradient_divisor)
+
+    def _groups(self) -> dict[tuple[bool, float], list[str]]:
+        """(whether it decays, scale of its rate) -> names of the parameters that have a gradient."""
+        groups: dict[tuple[bool, float], list[str]] = {}
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                key = decays(parameter), self.rate_scales.get(name, 1.0)
+                groups.setdefault(key, []).append(name)
+        return groups
 
     def _update(self, names: list[str], rate: float, decay: float, count: Tensor, divisor: Tensor) -> None:
         torch._fused_adamw_(
@@ -92,5 +111,6 @@ class AdamW:
         )
 
 
-def _decays(parameter: nn.Parameter) -> bool:
+def decays(parameter: nn.Parameter) -> bool:
+    """Whether weight decay is for it: a matrix that does not say otherwise."""
     return parameter.dim() >= 2 and not getattr(parameter, "no_weight_decay", False)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["CurvePoint", "Outcome", "Progress", "ProxySettings", "train_candidate"]
 
 DTYPES = ("auto", "float32", "bfloat16")
+PARAMETRIZATIONS = ("standard", "mup")
+SCHEDULES = ("cosine", "constant")
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,7 @@ class ProxySettings:
     Args:
         steps: optimizer steps.
         batch_size, length: sequences a step, tokens a sequence.
-        learning_rate: peak rate of AdamW, reached after `warmup_steps`, then lowered along a half cosine to
-            `final_rate` times it.
+        learning_rate: peak rate of AdamW, reached after `warmup_steps`.
         weight_decay: on matrices only (two or more dimensions).
         gradient_clip: largest norm of all gradients together.
         validation_batches: held-out batches of the same size in one evaluation.
@@ -44,6 +45,16 @@ class ProxySettings:
         dtype: "float32", "bfloat16" (autocast), or "auto": as `star.training.training_dtype` says.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
         threads: of torch while it trains; None leaves them as they are.
+        schedule: the rate after its peak. "cosine": lowered along a half cosine to `final_rate` times it.
+            "constant": as it is, so that the first steps of a training are a shorter training.
+        parametrization: "standard": the learning rate is meant as it is. "mup": it is that of a model of
+            width `base_width`, and `star.parametrization` carries it over to the width at hand; at
+            `base_width` itself both are the same.
+        base_width: see there.
+        average_evaluations: quality is the mean of so many evaluations, spread evenly over the last quarter
+            of the training (as many as it has steps, if fewer). 1: the last one alone.
+        extrapolate_to: quality is what `star.extrapolation` expects after so many steps, from evaluations on
+            the way (`evaluate_every`, or eight of them). No more than `steps`: nothing is extrapolated.
 
     Raises:
         ValueError: a value out of range; one line that names it.
@@ -63,11 +74,17 @@ class ProxySettings:
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
+    schedule: str = "cosine"
+    parametrization: str = "standard"
+    base_width: int = 64
+    average_evaluations: int = 1
+    extrapolate_to: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "length", "validation_batches"):
+        for name in ("steps", "batch_size", "length", "validation_batches", "base_width"):
             self._require_integer(name, 1)
-        for name in ("warmup_steps", "evaluate_every", "seed"):
+        self._require_integer("average_evaluations", 1)
+        for name in ("warmup_steps", "evaluate_every", "seed", "extrapolate_to"):
             self._require_integer(name, 0)
         if self.threads is not None:
             self._require_integer("threads", 1)
@@ -79,8 +96,9 @@ class ProxySettings:
             self._require_number(name, above=None)
         if self.final_rate > 1:
             raise ValueError(f"ProxySettings: final_rate is {self.final_rate}, takes 0 to 1")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"ProxySettings: dtype is {self.dtype!r}, takes one of {', '.join(DTYPES)}")
+        self._require_one_of("dtype", DTYPES)
+        self._require_one_of("schedule", SCHEDULES)
+        self._require_one_of("parametrization", PARAMETRIZATIONS)
         kind, _, index = str(self.device).partition(":")
         if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
             raise ValueError(f"ProxySettings: device is {self.device!r}, takes auto, cpu, cuda or cuda:N")
@@ -97,14 +115,30 @@ class ProxySettings:
             least = "at least 0" if above is None else f"more than {above:g}"
             raise ValueError(f"ProxySettings: {name} is {value!r}, takes a number of {least}")
 
+    def _require_one_of(self, name: str, values: tuple[str, ...]) -> None:
+        if getattr(self, name) not in values:
+            raise ValueError(
+                f"ProxySettings: {name} is {getattr(self, name)!r}, takes one of {', '.join(values)}"
+            )
+
     @property
     def tokens(self) -> int:
         """Tokens that a whole training reads."""
         return self.steps * self.batch_size * self.length
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict; `from_json` turns it back."""
-        return dataclasses.asdict(self)
+        """A plain dict; `from_json` turns it back.
+
+        The settings of `ADDED_SETTINGS` are in it only where they differ from their defaults: what was
+        recorded before there were any equals what is recorded now, in checkpoints, runs and tables.
+        """
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        values = dataclasses.asdict(self)
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in ADDED_SETTINGS or value != defaults[name]
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ProxySettings:
@@ -113,6 +147,11 @@ class ProxySettings:
         if unknown := sorted(set(data) - set(names)):
             raise ValueError(f"ProxySettings: unknown field {unknown[0]!r}, takes {', '.join(names)}")
         return cls(**data)
+
+
+ADDED_SETTINGS = frozenset(
+    ("schedule", "parametrization", "base_width", "average_evaluations", "extrapolate_to")
+)
 
 
 class CurvePoint(NamedTuple):
@@ -139,8 +178,9 @@ class Progress(NamedTuple):
 class Outcome:
     """What became of a candidate.
 
-    status "ok": `quality` is its bits per byte on held-out text (lower is better). status "failed": `reason`
-    says why in one line, and quality is None. `tokens` were read in training, `seconds` went by in all.
+    status "ok": `quality` is its bits per byte on held-out text (lower is better); a `reason` says what kept
+    it from being extrapolated. status "failed": `reason` says why in one line, and quality is None. `tokens`
+    were read in training, `seconds` went by in all.
     """
 
     status: str
@@ -187,7 +227,7 @@ def train_candidate(
             shorter than `settings.length`, a device that is not there.
         OSError: the weights can't be written.
     """
-    from star import training, weights
+    from star import parametrization, training, weights
 
     if config.vocab_size != corpus.vocab_size:
         raise ValueError(f"vocab_size is {config.vocab_size}, but the text has {corpus.vocab_size} token ids")
@@ -200,6 +240,7 @@ def train_candidate(
     try:
         with training.thread_count(settings.threads):
             model = (build or _build)(genome, config, settings.seed)
+            parametrization.scale_initial_weights(model, settings)
             run = training.Training(model, settings, corpus, progress)
             while not run.done:
                 run.train_step()

@@ -19,8 +19,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from star import weights
+from star import parametrization, weights
 from star.data import Corpus
+from star.extrapolation import evaluation_steps, quality_of
 from star.optimizer import AdamW, learning_rate
 from star.proxy import CurvePoint, Outcome, Progress, ProxySettings
 from star_kernels import linear_cross_entropy
@@ -185,13 +186,18 @@ class Training:
         self.device = training_device(settings)
         self.dtype = training_dtype(settings, self.device, _head_weight(model).shape[1])
         self.model = model.to(self.device).train()
-        self.optimizer = AdamW(self.model.named_parameters(), weight_decay=settings.weight_decay)
+        self.optimizer = AdamW(
+            self.model.named_parameters(),
+            weight_decay=settings.weight_decay,
+            rate_scales=parametrization.rate_scales(model, settings),
+        )
         self.watch = _Watch()
         self.step = 0
         self.earlier_seconds = 0.0
         self.started = time.perf_counter()
         self.check_every = 1 if self.device.type == "cpu" else _CUDA_CHECK_STEPS
         self.point_every = settings.evaluate_every or max(1, settings.steps // CURVE_POINTS)
+        self.evaluated_steps = evaluation_steps(settings)
 
     @property
     def done(self) -> bool:
@@ -216,7 +222,9 @@ class Training:
         norm = optimizer.gradient_norm()
         self.watch.add(self.step, loss.detach(), norm)
         last = self.step + 1 == settings.steps
-        point = last or (self.step + 1) % self.point_every == 0
+        due = (self.step + 1) % self.point_every == 0
+        evaluating = last or (due and settings.evaluate_every > 0) or self.step + 1 in self.evaluated_steps
+        point = due or evaluating
         checking = point or (self.step + 1) % self.check_every == 0
         if checking:
             self.watch.check()
@@ -226,12 +234,13 @@ class Training:
             warmup_steps=settings.warmup_steps,
             peak=settings.learning_rate,
             final_rate=settings.final_rate,
+            schedule=settings.schedule,
         )
         optimizer.step(rate, torch.clamp(norm / settings.gradient_clip, min=1.0))
         optimizer.zero_gradients()
         self.step += 1
         if point:
-            self._add_point(evaluating=last or settings.evaluate_every > 0)
+            self._add_point(evaluating)
         if checking and self.progress is not None:
             train = _bits_per_byte(self.watch.recent[-1], self.corpus)
             validation = self.curve[-1].validation if self.curve else None
@@ -246,8 +255,8 @@ class Training:
 
     def outcome(self) -> Outcome:
         """The outcome of a training that is done."""
-        quality = self.curve[-1].validation
-        return Outcome("ok", "", quality, tuple(self.curve), self.seconds, self.tokens)
+        quality, reason = quality_of(self.curve, self.settings)
+        return Outcome("ok", reason, quality, tuple(self.curve), self.seconds, self.tokens)
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to belong to this training."""
@@ -281,11 +290,10 @@ class Training:
         saved, own = about["training"], self._identity()
         if saved["corpus"] != own["corpus"]:
             raise ValueError(f"{where}: was trained on another text, tokenizer or split")
-        for name, value in own["settings"].items():
-            if saved["settings"].get(name) != value:
-                raise ValueError(
-                    f"{where}: has {name} {saved['settings'].get(name)!r}, the settings {value!r}"
-                )
+        for name in {**own["settings"], **saved["settings"]}:
+            there, wanted = saved["settings"].get(name), own["settings"].get(name)
+            if there != wanted:
+                raise ValueError(f"{where}: has {name} {there!r}, the settings {wanted!r}")
         target = {f"model.{name}": tensor for name, tensor in weights.unique_tensors(self.model).items()}
         target |= {f"first.{name}": tensor for name, tensor in self.optimizer.first.items()}
         target |= {f"second.{name}": tensor for name, tensor in self.optimizer.second.items()}

@@ -180,7 +180,7 @@ def _carry_out(
     should_stop: Callable[[], bool],
     checkpoint_every: int,
 ) -> Outcome:
-    from star import training, weights
+    from star import parametrization, training, weights
     from star.model import build_model
     from star.proxy import Outcome
 
@@ -188,6 +188,7 @@ def _carry_out(
     checkpoint = directory / CHECKPOINT
     with training.thread_count(settings.threads):
         model = build_model(genome, config, seed=settings.seed)
+        parametrization.scale_initial_weights(model, settings)
         run = training.Training(model, settings, corpus, progress)
         if checkpoint.is_file():
             run.restore(checkpoint)
@@ -239,7 +240,7 @@ def _require_same(directory: Path, recorded: Mapping[str, Any], wanted: Mapping[
                 continue
             raise ValueError(f"{directory} holds a training on another text, tokenizer or split")
         if isinstance(value, dict) and isinstance(there, dict):
-            name = next((name for name in value if there.get(name) != value[name]), section)
+            name = next(name for name in {**value, **there} if there.get(name) != value.get(name))
             raise ValueError(
                 f"{directory} holds a training with {name} {there.get(name)!r}, not {value.get(name)!r}: "
                 "take another --out, or the same options to go on with it"
