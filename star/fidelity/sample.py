@@ -1,0 +1,67 @@
+"""Which candidates of a run are retrained: its front, and the others evenly over their ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from star.search.budgets import judged
+from star.search.front import candidates, front
+from star.search.settings import SearchSettings
+from star.search.store import Evaluation
+
+__all__ = ["FRONT_SHARE", "Member", "stratified_sample"]
+
+FRONT_SHARE = 2 / 3
+"""No more of a sample than this comes from the front, or nothing would be known about the rest."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A candidate that is retrained, and whether it is on the front."""
+
+    evaluation: Evaluation
+    on_front: bool
+
+
+def stratified_sample(
+    evaluations: Sequence[Evaluation], settings: SearchSettings, count: int
+) -> list[Member]:
+    """The front, then the others at quantiles of their quality under the proxy.
+
+    A front that would leave less than a third of the sample to the others is thinned evenly, by its first
+    objective. The others come in an order in which every beginning is spread over all ranks (van der
+    Corput's): a larger sample holds those of a smaller one, whose trainings need not be done again.
+
+    Args:
+        evaluations: of the run; failed ones and references are never drawn.
+        settings: of the run, for its objectives and budgets.
+        count: how many; all candidates where there are fewer.
+
+    Returns:
+        Members by id. Nothing is random.
+    """
+    best = front(judged(evaluations, settings.budgets), settings.objectives)
+    on_front = {item.id for item in best}
+    others = [item for item in candidates(evaluations) if item.id not in on_front]
+    others.sort(key=lambda item: (item.objectives["quality"], item.id))
+    room = max(round(count * FRONT_SHARE), count - len(others))
+    places = _evenly(len(best), min(room, len(best)))
+    chosen = [Member(best[place], on_front=True) for place in places]
+    rest = _spread(len(others))[: count - len(chosen)]
+    chosen += [Member(others[place], on_front=False) for place in rest]
+    return sorted(chosen, key=lambda member: member.evaluation.id)
+
+
+def _evenly(length: int, count: int) -> list[int]:
+    """`count` places from 0 to length - 1, both ends among them."""
+    if count < 2:
+        return list(range(count))
+    return [round(place * (length - 1) / (count - 1)) for place in range(count)]
+
+
+def _spread(length: int) -> list[int]:
+    """All places from 0 to length - 1, every beginning spread over all: counts with their bits reversed."""
+    bits = max(1, (length - 1).bit_length())
+    reversed_counts = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(2**bits))
+    return [place for place in reversed_counts if place < length]

@@ -1,0 +1,65 @@
+"""What a certificate is made from: how many candidates are retrained, how long, and how often."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from star.proxy import ProxySettings
+
+__all__ = ["FidelitySettings"]
+
+_RANGES = {"sample": (2, 10_000), "budget": (1, 1_000), "seeds": (1, 100)}
+
+
+@dataclass(frozen=True)
+class FidelitySettings:
+    """How candidates are retrained.
+
+    Attributes:
+        sample: how many candidates.
+        budget: how many times as long as under the proxy.
+        seeds: trainings of each.
+
+    Raises:
+        ValueError: a value out of range; one line that names it.
+    """
+
+    sample: int = 24
+    budget: int = 10
+    seeds: int = 3
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ValueError(f"{name} is {value!r}, takes an integer from {low} to {high}")
+
+    def trainings(self, proxy: ProxySettings) -> tuple[ProxySettings, ...]:
+        """The longer trainings that are compared with `proxy`, one a seed.
+
+        Steps, warm-up and the distance of evaluations are `budget` times as many; what a longer training
+        reaches is measured and not extrapolated. Its seeds follow the proxy's and are none of its own: what
+        luck with initialisation and data gave a candidate in the search must not be found again.
+        """
+        longer = replace(
+            proxy,
+            steps=proxy.steps * self.budget,
+            warmup_steps=proxy.warmup_steps * self.budget,
+            evaluate_every=proxy.evaluate_every * self.budget,
+            extrapolate_to=0,
+        )
+        return tuple(replace(longer, seed=(proxy.seed + 1 + place) % 2**63) for place in range(self.seeds))
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict; `from_json` turns it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> FidelitySettings:
+        """The settings that `to_json` wrote. Raises ValueError for anything else."""
+        names = {field.name for field in fields(cls)}
+        if not isinstance(value, Mapping) or set(value) != names:
+            raise ValueError(f"settings of a certificate take {', '.join(sorted(names))}")
+        return cls(**value)
