@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -179,8 +179,9 @@ class Outcome:
     """What became of a candidate.
 
     status "ok": `quality` is its bits per byte on held-out text (lower is better); a `reason` says what kept
-    it from being extrapolated. status "failed": `reason` says why in one line, and quality is None. `tokens`
-    were read in training, `seconds` went by in all.
+    it from being extrapolated. status "stopped": `reason` says why the training ended early, and quality is
+    what it had reached. status "failed": `reason` says why in one line, and quality is None. `tokens` were
+    read in training, `seconds` went by in all.
     """
 
     status: str
@@ -213,14 +214,16 @@ def train_candidate(
     *,
     progress: Callable[[Progress], None] | None = None,
     save_to: str | Path | None = None,
+    stop: Callable[[Sequence[CurvePoint]], str | None] | None = None,
     build: Callable[[Genome, ModelConfig, int], nn.Module] | None = None,
 ) -> Outcome:
     """Builds `genome` at `config`, trains it on `corpus`, and gives its outcome.
 
     Whatever goes wrong with the candidate (divergence, memory, an exception anywhere in its model) makes a
     failed outcome; KeyboardInterrupt passes. `save_to`: the trained weights are written there as safetensors,
-    atomically, when the outcome is ok. `build`: makes the model from genome, config and seed instead of
-    `star.build_model`.
+    atomically, when the outcome is ok. `stop`: gets the curve after each of its points but the last, and may
+    say in one line why the training ends there. `build`: makes the model from genome, config and seed instead
+    of `star.build_model`.
 
     Raises:
         ValueError: settings that no candidate could meet: a vocabulary that is not the corpus's, a text
@@ -242,9 +245,12 @@ def train_candidate(
             model = (build or _build)(genome, config, settings.seed)
             parametrization.scale_initial_weights(model, settings)
             run = training.Training(model, settings, corpus, progress)
-            while not run.done:
+            reason = None
+            while not run.done and reason is None:
                 run.train_step()
-            outcome = run.outcome()
+                if stop is not None and run.at_point and not run.done:
+                    reason = stop(run.curve)
+            outcome = run.outcome() if reason is None else run.stopped(reason)
     except Exception as error:
         # A candidate may fail in any way that torch or a layer knows; the search goes on without it.
         reason = training.failure_reason(error)
@@ -255,7 +261,7 @@ def train_candidate(
         about = {"genome": str(genome), "config": config.to_json(), "content_hash": corpus.content_hash}
         weights.save_weights(model, save_to, about)
     del model, run
-    if not outcome.ok:
+    if outcome.status == "failed":
         training.release_memory()
     return dataclasses.replace(outcome, seconds=time.perf_counter() - start)
 

@@ -204,6 +204,11 @@ class Training:
         return self.step >= self.settings.steps
 
     @property
+    def at_point(self) -> bool:
+        """Whether the last step has given a point of the curve."""
+        return bool(self.curve) and self.curve[-1].step == self.step
+
+    @property
     def tokens(self) -> int:
         """Tokens read so far."""
         return self.step * self.settings.batch_size * self.settings.length
@@ -247,16 +252,30 @@ class Training:
             self.progress(Progress(self.step, settings.steps, train, validation))
 
     def _add_point(self, evaluating: bool) -> None:
-        validation = evaluate(self.model, self.corpus, self.settings) if evaluating else None
-        if validation is not None and not math.isfinite(validation):
-            raise Diverged(f"held-out loss is {validation} after step {self.step}")
+        validation = self._held_out() if evaluating else None
         train = _bits_per_byte(self.watch.take_mean(), self.corpus)
         self.curve.append(CurvePoint(self.step, train, validation))
+
+    def _held_out(self) -> float:
+        """Bits per byte on held-out text. Raises Diverged where it is no number."""
+        validation = evaluate(self.model, self.corpus, self.settings)
+        if not math.isfinite(validation):
+            raise Diverged(f"held-out loss is {validation} after step {self.step}")
+        return validation
 
     def outcome(self) -> Outcome:
         """The outcome of a training that is done."""
         quality, reason = quality_of(self.curve, self.settings)
         return Outcome("ok", reason, quality, tuple(self.curve), self.seconds, self.tokens)
+
+    def stopped(self, reason: str) -> Outcome:
+        """The outcome of a training that ends at the last point of its curve, before it is done: its quality
+        is that of the model as it is. Raises Diverged."""
+        point = self.curve[-1]
+        if point.validation is None:
+            point = point._replace(validation=self._held_out())
+            self.curve[-1] = point
+        return Outcome("stopped", reason, point.validation, tuple(self.curve), self.seconds, self.tokens)
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to belong to this training."""
