@@ -67,16 +67,22 @@ def _on_clock(settings: MeasureSettings) -> tuple[ProfileTable, Callable[[Genome
 
 def _on_processor(settings: MeasureSettings) -> tuple[ProfileTable, Callable[[Genome], Values]]:
     """Processor seconds of this process; memory is left out, since the models share it."""
+    table = table_by_processor_time(settings, tell=print)
+    return table, lambda genome: measure_genome(genome, settings.config(), settings, timer=processor_timer)
 
-    def timer(call: Callable[[], object]) -> float:
-        began = time.process_time()
-        call()
-        return time.process_time() - began
 
-    whole = partial(measure_genome, timer=timer)
-    table = measure_table(settings, tell=print, timer=timer, whole=whole)
-    table = replace(table, calibrations=tuple(replace(item, memory=None) for item in table.calibrations))
-    return table, lambda genome: whole(genome, settings.config(), settings)
+def processor_timer(call: Callable[[], object]) -> float:
+    """Processor seconds of a call."""
+    began = time.process_time()
+    call()
+    return time.process_time() - began
+
+
+def table_by_processor_time(settings: MeasureSettings, *, tell: Callable[[str], None]) -> ProfileTable:
+    """The table of a device in processor seconds of this process, without memory."""
+    whole = partial(measure_genome, timer=processor_timer)
+    table = measure_table(settings, tell=tell, timer=processor_timer, whole=whole)
+    return replace(table, calibrations=tuple(replace(item, memory=None) for item in table.calibrations))
 
 
 def _microseconds(table: ProfileTable, depth: int) -> float:

@@ -1,0 +1,223 @@
+"""What `python -m benchmarks.paper` does, as one plain value, and the files that it keeps in its folder.
+
+    plan.json          the plan; the same command goes on with it, another plan is refused
+    device.json        the table of the device, which `decode_p50` is predicted from
+    NAME/              the run directory of each search
+    retrained.jsonl    one line a genome and seed that was trained longer
+    drift.jsonl        one line a simulated evolution without selection
+
+The last two only grow, a whole line at a time, so that a killed process loses the line that it was writing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from star.search import SearchSettings, preset
+from star.search.store import canonical_json
+from star.training_directory import write_whole
+
+__all__ = ["SEARCHES", "Folder", "Plan", "append_line", "read_lines"]
+
+SEARCHES: dict[str, tuple[str, ...]] = {
+    "quality": ("quality",),
+    "quality-size": ("quality", "size"),
+    "quality-cache": ("quality", "cache"),
+    "joint": ("quality", "size", "cache", "decode_p50"),
+}
+"""The paper's three searches, and the joint one that it did not run."""
+
+FORMAT = 1
+
+
+def _two_cores() -> SearchSettings:
+    """The paper's population, generations and depth, with a proxy of about five seconds a candidate."""
+    base = preset("demo", population=16, generations=18, depth=24)
+    return replace(base, proxy=replace(base.proxy, steps=50, warmup_steps=5))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides the results.
+
+    Attributes:
+        search: settings of the searches; objectives and seed are replaced for each.
+        best: candidates of each search that are trained longer.
+        longer: how many times as many steps, of the proxy and of the recall task.
+        seeds: trainings of each, with the seeds from the proxy's own on.
+        drifts: evolutions without selection that are simulated.
+        cpu_time: whether the device's table counts processor seconds of one thread instead of the clock's,
+            for machines that have something else to do.
+
+    Raises:
+        ValueError: a number below 1, or processor seconds of another device.
+    """
+
+    search: SearchSettings = field(default_factory=_two_cores)
+    best: int = 8
+    longer: int = 5
+    seeds: int = 3
+    drifts: int = 1000
+    cpu_time: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("best", "longer", "seeds", "drifts"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, takes an integer of at least 1")
+        if self.cpu_time and self.search.measure.device != "cpu":
+            raise ValueError(f"processor seconds are for the device cpu, not {self.search.measure.device}")
+
+    def settings_of(self, name: str) -> SearchSettings:
+        """The settings of one of `SEARCHES`: its own seed, so that the four are independent samples."""
+        seed = self.search.seed + list(SEARCHES).index(name)
+        return replace(self.search, objectives=SEARCHES[name], seed=seed, references=True, keep_weights=False)
+
+    def longer_settings(self) -> SearchSettings:
+        """The settings of the trainings of the best: quality and recall, with `longer` times the steps."""
+        proxy, recall = self.search.proxy, self.search.recall
+        return replace(
+            self.search,
+            objectives=("quality", "recall"),
+            proxy=replace(
+                proxy, steps=proxy.steps * self.longer, warmup_steps=proxy.warmup_steps * self.longer
+            ),
+            recall=replace(
+                recall, steps=recall.steps * self.longer, warmup_steps=recall.warmup_steps * self.longer
+            ),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON without what may change between two sessions: workers and engine."""
+        return {
+            "format": FORMAT,
+            "search": self.search.identity(),
+            "best": self.best,
+            "longer": self.longer,
+            "seeds": self.seeds,
+            "drifts": self.drifts,
+            "cpu_time": self.cpu_time,
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> Plan:
+        """The plan that `to_json` wrote.
+
+        Raises:
+            ValueError: it is not that; one line.
+        """
+        if not isinstance(value, Mapping) or value.get("format") != FORMAT:
+            raise ValueError("is no plan of this version")
+        rest = {name: item for name, item in value.items() if name not in ("format", "search")}
+        try:
+            return cls(search=SearchSettings.from_json(value["search"]), **rest)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"is damaged: {error}") from error
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The folder of one experiment."""
+
+    path: Path
+
+    @property
+    def plan_file(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def device_file(self) -> Path:
+        return self.path / "device.json"
+
+    @property
+    def retrained_file(self) -> Path:
+        return self.path / "retrained.jsonl"
+
+    @property
+    def drift_file(self) -> Path:
+        return self.path / "drift.jsonl"
+
+    def run(self, name: str) -> Path:
+        """The run directory of one of `SEARCHES`."""
+        return self.path / name
+
+    def begin(self, plan: Plan) -> None:
+        """Record the plan, or see that it is the recorded one.
+
+        Raises:
+            ValueError: another plan was begun here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.plan_file.exists():
+            there, given = self.plan().to_json(), plan.to_json()
+            difference = _first_difference(there, given)
+            if difference:
+                raise ValueError(f"{self.path} holds an experiment with other settings: {difference}")
+            return
+        write_whole(self.plan_file, (json.dumps(plan.to_json(), indent=1) + "\n").encode())
+
+    def plan(self) -> Plan:
+        """The recorded plan.
+
+        Raises:
+            ValueError: there is none, or it is damaged.
+        """
+        try:
+            return Plan.from_json(json.loads(self.plan_file.read_bytes()))
+        except FileNotFoundError:
+            raise ValueError(f"{self.path} holds no experiment: {self.plan_file} is missing") from None
+        except ValueError as error:
+            raise ValueError(f"{self.plan_file} {str(error).splitlines()[0]}") from error
+
+
+def _first_difference(there: Any, given: Any, name: str = "") -> str | None:
+    """Where two JSON objects differ first, as "search.proxy.steps is 50 there, 80 here"."""
+    if isinstance(there, dict) and isinstance(given, dict):
+        for key in sorted({*there, *given}):
+            found = _first_difference(there.get(key), given.get(key), f"{name}.{key}" if name else key)
+            if found:
+                return found
+        return None
+    return None if there == given else f"{name} is {there!r} there, {given!r} here"
+
+
+# ---- files that only grow ------------------------------------------------------------------------------
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Add one line of JSON, on the disk when this returns. A half line of a killed process is removed."""
+    with open(path, "ab+") as file:
+        file.truncate(_whole_bytes(path))
+        file.write(canonical_json(dict(value)).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines; none where there is no file.
+
+    Raises:
+        ValueError: one of them is no JSON object.
+    """
+    if not path.exists():
+        return []
+    lines = []
+    for number, line in enumerate(path.read_bytes()[: _whole_bytes(path)].splitlines(), start=1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise ValueError(f"{path} is damaged: line {number} is no JSON object")
+        lines.append(value)
+    return lines
+
+
+def _whole_bytes(path: Path) -> int:
+    """Bytes up to the end of the last whole line."""
+    return path.read_bytes().rfind(b"\n") + 1

@@ -1,0 +1,200 @@
+"""The best of each search and the known layouts, trained longer with several seeds, on text and on recall."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.paper_plan import Folder, Plan, append_line, read_lines
+from star.genome import Genome
+from star.search.corpus import CorpusRecord
+from star.search.evaluate import evaluate as evaluate_candidate
+from star.search.front import candidates
+from star.search.layouts import BASELINES
+from star.search.objectives import objective_vector
+from star.search.ranking import fronts
+from star.search.store import Evaluation
+from star.search.workers import LocalEngine, Task
+
+__all__ = ["Longer", "best", "evaluate", "layouts", "read_longer", "retrain"]
+
+EVALUATOR = "benchmarks.paper_retrain:evaluate"
+
+Retrained = dict[str, dict[int, dict[str, Any]]]
+"""Results by genome and seed, as star.search.results describes them."""
+
+
+def layouts(depth: int) -> dict[str, str]:
+    """The canonical genomes of Transformer++, StripedMamba and LFM2, by name."""
+    return {name: layout(depth).key for name, layout in BASELINES.items()}
+
+
+def best(
+    evaluations: Iterable[Evaluation], objectives: Sequence[str], count: int, reference: Evaluation | None
+) -> list[Evaluation]:
+    """The `count` candidates of a search that are trained longer.
+
+    Those first that take no more than the reference of whatever was searched for beside quality (what costs
+    more than Transformer++ is no success of a search for something small); among them front by front, and
+    within a front by the proxy's quality. Everything but the quality is exact, so only the proxy can err.
+    """
+    competing = candidates(evaluations)
+    if not competing:
+        return []
+    vectors = [objective_vector(item.objectives, objectives) for item in competing]
+    rank = fronts(np.array(vectors))
+    limits = {name: reference.objectives[name] for name in objectives[1:]} if reference is not None else {}
+
+    def place(index: int) -> tuple[bool, int, float, int]:
+        item = competing[index]
+        over = any(item.objectives[name] > limit for name, limit in limits.items())
+        return over, int(rank[index]), item.objectives["quality"], item.id
+
+    return [competing[index] for index in sorted(range(len(competing)), key=place)[:count]]
+
+
+# ---- training ------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    genome_text: str, settings: dict[str, Any], candidate_id: int, weights_path: str | None
+) -> dict[str, Any]:
+    """An evaluator for `star.search.workers`: as `star.search.evaluate`, with the seed in the candidate's id.
+
+    Args:
+        settings: those of a search, under "corpus" the text, under "seeds" how many seeds there are.
+        candidate_id: a multiple of "seeds", plus the seed that is added to the proxy's.
+    """
+    given = dict(settings)
+    seed = candidate_id % given.pop("seeds")
+    given["proxy"] = {**given["proxy"], "seed": given["proxy"]["seed"] + seed}
+    return evaluate_candidate(genome_text, given, candidate_id, weights_path)
+
+
+def retrain(
+    folder: Folder,
+    plan: Plan,
+    genomes: Sequence[str],
+    corpus: CorpusRecord,
+    workers: int,
+    tell: Callable[[str], None],
+) -> None:
+    """Train what is not recorded yet of `genomes` (canonical) times `plan.seeds`; seeds outermost, so that a
+    stopped experiment has something of everything.
+
+    Raises:
+        RunError, DiskFull: as `star.search.search`.
+        ValueError: the record is damaged or of another text.
+    """
+    there = read_retrained(folder, corpus.key)
+    jobs = [
+        (seed, genome)
+        for seed in range(plan.seeds)
+        for genome in dict.fromkeys(genomes)
+        if seed not in there.get(genome, {})
+    ]
+    if not jobs:
+        return
+    settings = plan.longer_settings()
+    given = {**settings.to_json(), "corpus": asdict(corpus), "seeds": plan.seeds}
+    given["model"] = {**given["model"], "vocab_size": corpus.vocab_size}
+    tasks = [Task(number * plan.seeds + seed, genome, None) for number, (seed, genome) in enumerate(jobs)]
+    threads = settings.proxy.threads or 1
+    engine = LocalEngine(EVALUATOR, given, directory=folder.path, workers=workers, threads=threads)
+    try:
+        for finished, (id, result) in enumerate(engine.evaluate(tasks), start=1):
+            seed, genome = jobs[id // plan.seeds]
+            line = {"genome": genome, "seed": seed, "corpus": corpus.key, "result": result}
+            append_line(folder.retrained_file, line)
+            quality = result["objectives"].get("quality")
+            said = f"failed: {result['reason']}" if quality is None else f"{quality:.4f} bits per byte"
+            tell(f"longer training {finished} of {len(tasks)}, seed {seed}: {said}")
+    finally:
+        engine.close()
+
+
+def read_retrained(folder: Folder, corpus_key: str | None = None) -> Retrained:
+    """What is recorded, by genome and seed.
+
+    Raises:
+        ValueError: the record is damaged, or of another text than `corpus_key`; one line.
+    """
+    found: Retrained = {}
+    for number, line in enumerate(read_lines(folder.retrained_file), start=1):
+        where = f"{folder.retrained_file} is damaged: line {number}"
+        genome, seed, result = line.get("genome"), line.get("seed"), line.get("result")
+        if not (isinstance(genome, str) and isinstance(seed, int) and isinstance(result, dict)):
+            raise ValueError(f"{where} is no training")
+        measured = result.get("objectives")
+        if not isinstance(measured, dict) or not all(map(_is_number, measured.values())):
+            raise ValueError(f"{where} has no numbers")
+        if (result.get("status") == "ok") != ("quality" in measured and "recall" in measured):
+            raise ValueError(f"{where} has a status that does not fit its numbers")
+        if corpus_key is not None and line.get("corpus") != corpus_key:
+            raise ValueError(f"{folder.retrained_file} is of another text than the one of today")
+        found.setdefault(genome, {})[seed] = result
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# ---- what came of it -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Longer:
+    """The longer trainings of one genome.
+
+    Attributes:
+        genome: canonical.
+        quality: held-out bits per byte, one a seed that succeeded.
+        recall: share of right answers, 0 to 1, likewise.
+        failed: trainings that failed.
+    """
+
+    genome: str
+    quality: tuple[float, ...]
+    recall: tuple[float, ...]
+    failed: int
+
+    @property
+    def mean(self) -> float | None:
+        """Of the quality; None before the first training."""
+        return statistics.mean(self.quality) if self.quality else None
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of that mean; None under two seeds."""
+        count = len(self.quality)
+        return statistics.stdev(self.quality) / math.sqrt(count) if count > 1 else None
+
+    def better_than(self, other: Longer) -> bool:
+        """Whether its mean is below the other's."""
+        return self.mean is not None and other.mean is not None and self.mean < other.mean
+
+    def clearly_better_than(self, other: Longer) -> bool:
+        """Whether it is so by more than twice the standard error of the difference."""
+        if self.mean is None or other.mean is None:
+            return False
+        if self.standard_error is None or other.standard_error is None:
+            return False
+        return other.mean - self.mean > 2 * math.hypot(self.standard_error, other.standard_error)
+
+
+def read_longer(retrained: Mapping[str, Mapping[int, Mapping[str, Any]]], genome: str) -> Longer:
+    """The longer trainings of a genome, by seed."""
+    results = [result for _, result in sorted(retrained.get(Genome.parse(genome).key, {}).items())]
+    good = [result["objectives"] for result in results if result["status"] == "ok"]
+    return Longer(
+        genome=genome,
+        quality=tuple(item["quality"] for item in good),
+        recall=tuple(1.0 - item["recall"] for item in good),
+        failed=len(results) - len(good),
+    )
