@@ -31,6 +31,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,13 @@ def measure(hybrid: HybridModel, setting: Setting) -> Row:
     vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, vocabulary, (1, setting.length), generator=generator)
+    decode = _Decode(model, ids, setting.tokens)
     with _torch_forms(hybrid):
         logits = {form: _in_form(form, lambda: _forward(model, ids)) for form in (WITHOUT, WITH)}
         seconds = {
             "forward": _in_turns(setting, lambda: lambda: _forward(model, ids)),
             "forward + backward": _in_turns(setting, lambda: lambda: _train(model, ids)),
-            "decode": _decode_in_turns(setting, _Decode(model, ids, setting.tokens)),
+            "decode": _in_turns(setting, decode.sample, {LIMIT: decode.weights()}),
         }
     parameters = sum(parameter.numel() for parameter in model.parameters())
     difference = float((logits[WITH] - logits[WITHOUT]).norm() / logits[WITHOUT].norm())
@@ -217,43 +219,36 @@ class _WeightsRead(TorchDispatchMode):
         return [matrix.T if matrix.stride(0) == 1 else matrix for matrix in every]
 
 
-def _decode_in_turns(setting: Setting, decode: _Decode) -> dict[str, float]:
-    """Both forms and the limit of both."""
-    seconds = _in_turns(setting, decode.sample)
-    products = decode.weights()
-    samples = []
-    for _ in range(3):
-        began = time.perf_counter()
-        products()
-        samples.append(time.perf_counter() - began)
-    return {**seconds, LIMIT: statistics.median(samples)}
-
-
 def _in_form(form: str, call: Callable[[], Any]) -> Any:
-    if form == WITHOUT:
+    if form != WITH:
         return call()
     with integration.enable():
         return call()
 
 
-def _in_turns(setting: Setting, prepare: Callable[[], Callable[[], Any]]) -> dict[str, float]:
-    """Median seconds of both forms, sampled in turns. The first sample warms up, unless it is a long one."""
+def _in_turns(
+    setting: Setting,
+    prepare: Callable[[], Callable[[], Any]],
+    others: dict[str, Callable[[], Any]] | None = None,
+) -> dict[str, float]:
+    """Median seconds of both forms, and of other calls, sampled in turns. The first sample warms up, unless
+    it is a long one."""
 
-    def sample() -> float:
-        call = prepare()
+    def sample(form: str) -> float:
+        call = others[form] if others and form in others else prepare()
         began = time.perf_counter()
         call()
         return time.perf_counter() - began
 
     samples: dict[str, list[float]] = {}
-    for form in (WITHOUT, WITH):
-        first = _in_form(form, sample)
+    for form in (WITHOUT, WITH, *(others or {})):
+        first = _in_form(form, partial(sample, form))
         samples[form] = [first] if first > LONG_CALL else []
     turns = [form for form in samples if not samples[form]]
     end = time.perf_counter() + setting.seconds
     while turns and (len(samples[turns[0]]) < 3 or time.perf_counter() < end):
         for form in turns:
-            samples[form].append(_in_form(form, sample))
+            samples[form].append(_in_form(form, partial(sample, form)))
     return {form: statistics.median(values) for form, values in samples.items()}
 
 
