@@ -14,6 +14,7 @@ from star.commands import (
     compare,
     eval,
     export,
+    fidelity,
     generate,
     profile,
     report,
@@ -59,6 +60,7 @@ def star(
 app.command("search")(search.search)
 app.command("resume")(resume.resume)
 app.command("report")(report.report)
+app.command("fidelity")(fidelity.fidelity)
 app.command("show")(show.show)
 app.command("train")(train.train)
 app.command("generate")(generate.generate)

@@ -152,18 +152,13 @@ def _train(
     """Do and record what the record lacks."""
     missing = {job.id: job for job in jobs if record.find(job.member.evaluation.key, job.training) is None}
     finished = len(jobs) - len(missing)
+    corpus = _own_corpus(open_corpus, search, key) if missing else None
     longer = jobs[0].training.steps / search.proxy.steps
     seconds = sum(job.member.evaluation.seconds * longer for job in missing.values())
     sampled = len({job.member.evaluation.id for job in jobs})
     on_event(RetrainingStarted(len(jobs), finished, sampled, search.worker_count(), seconds))
-    if not missing:
+    if corpus is None:
         return
-    corpus = open_corpus(search)
-    if corpus.key != key:
-        raise RunError(
-            f"the text {corpus.name!r} is not what this run began with (content hash "
-            f"{corpus.content_hash[:12]} now): bring it back as it was"
-        )
     engine = LocalEngine(
         evaluator,
         _worker_settings(search, jobs, corpus),
@@ -184,6 +179,19 @@ def _train(
             )
     finally:
         engine.close()
+
+
+def _own_corpus(
+    open_corpus: Callable[[SearchSettings], CorpusRecord], search: SearchSettings, key: str
+) -> CorpusRecord:
+    """The run's text, which must be as it was."""
+    corpus = open_corpus(search)
+    if corpus.key != key:
+        raise RunError(
+            f"the text {corpus.name!r} is not what this run began with (content hash "
+            f"{corpus.content_hash[:12]} now): bring it back as it was"
+        )
+    return corpus
 
 
 def _worker_settings(search: SearchSettings, jobs: Sequence[_Job], corpus: CorpusRecord) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from star import pools
 from star.draw import FAMILY_COLOURS, family_colour
 from star.genome import Genome, GenomeError
 from star.report.device import device_section
+from star.report.fidelity import fidelity_section
 from star.report.figures import svg
 from star.report.html import Html, element, join
 from star.report.numbers import change, count, difference, duration, measured_objectives, sign, title, value
@@ -40,6 +42,7 @@ def page(run: RunSummary, plots: Sequence[Plot], backbones: Mapping[int, str]) -
     sections = [
         _header(run),
         _front(run, plots),
+        _fidelity(run, plots),
         _backbones(run, backbones),
         _device(run, plots),
         _section(
@@ -287,6 +290,16 @@ def _backbone(item: Evaluation, run: RunSummary, drawing: str) -> Html:
     )
 
 
+def _fidelity(run: RunSummary, plots: Sequence[Plot]) -> Html | None:
+    if not run.front:
+        return None
+    return join(
+        element("h2", "How far to believe the order", id="fidelity"),
+        fidelity_section(run.certificate, len(run.evaluations), run.directory),
+        _figures([plot for plot in plots if plot.section == "fidelity"]),
+    )
+
+
 def _device(run: RunSummary, plots: Sequence[Plot]) -> Html | None:
     if run.device is None:
         return None
@@ -342,14 +355,16 @@ def _failures(run: RunSummary) -> Html:
 def _limits(run: RunSummary) -> Html:
     """What these numbers are not."""
     proxy = run.settings.proxy
+    noise = math.nan if run.certificate is None else run.certificate.noise.deviation
+    spread = "was not measured here" if math.isnan(noise) else f"is {noise:.4f} after longer training"
     sentences = [
         f"Quality is a proxy: bits per byte on held-out text after {count(proxy.steps, 'step')} of "
         f"{proxy.batch_size} × {proxy.length} tokens ({proxy.tokens:,} in all). A fully trained model reads "
         "thousands of times as much, and the order of candidates may change on the way. Train those that "
         "you care about for longer (star train) before you believe it.",
-        "Every candidate and every reference was trained once, from one seed, with one set of "
+        "Every candidate and every reference was trained once in the search, from one seed, with one set of "
         "hyperparameters that was tuned for none of them. Differences of about the spread between seeds "
-        "mean nothing; that spread was not measured here.",
+        f"mean nothing; that spread {spread}.",
         "The best of many tries looks better than it is: the winner's quality is partly luck. The same "
         "held-out text chose it and judges it.",
         "Bits per byte hide what a model can recall from its context."

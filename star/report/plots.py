@@ -37,7 +37,7 @@ class Plot:
 
     Attributes:
         name: of the PNG file and of the ids inside the SVG: letters, digits and hyphens.
-        section: "front", "progress", "evolution" or "device".
+        section: "front", "fidelity", "progress", "evolution" or "device".
         title, caption: plain text.
     """
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from star.fidelity.certificate import Certificate
+from star.fidelity.document import to_json as fidelity_json
 from star.report.device import DeviceReport, budget_text, device_report
+from star.report.fidelity import headline, read_own_certificate
 from star.report.numbers import count, difference, value
 from star.search.budgets import is_over_budget, judged
 from star.search.device import read_measured
@@ -109,6 +112,7 @@ class RunSummary:
         events: the run's diary.
         overhead: (seconds beside training, seconds in all) of the finished generations.
         device: how the search stands to the device that it was for, or None.
+        certificate: how far the order of the candidates can be believed; None where it has not been measured.
     """
 
     directory: Path
@@ -125,6 +129,7 @@ class RunSummary:
     events: tuple[StoredEvent, ...]
     overhead: tuple[float, float]
     device: DeviceReport | None = None
+    certificate: Certificate | None = None
 
     @property
     def over_budget(self) -> list[Evaluation]:
@@ -203,7 +208,8 @@ class RunSummary:
                 judged += [(text, True) for text in (comparison.savings_sentence(),) if text]
         if not self.comparisons:
             judged.append(("No reference layout was trained, so there is nothing to compare with.", None))
-        return judged + ([] if self.device is None else self.device.judged())
+        judged += [] if self.device is None else self.device.judged()
+        return judged + ([] if self.certificate is None else headline(self.certificate))
 
     def _budget_judged(self) -> list[tuple[str, bool | None]]:
         """How many candidates keep the budgets, in words."""
@@ -235,6 +241,7 @@ class RunSummary:
             "verdicts": self.verdicts(),
             "budgets": dict(self.settings.budgets),
             "over_budget": len(self.over_budget),
+            "fidelity": None if self.certificate is None else fidelity_json(self.certificate),
             "prediction_error": {} if self.device is None else self.device.errors,
             "measured_whole": {}
             if self.device is None
@@ -277,6 +284,7 @@ def read_run(directory: Path | str) -> RunSummary:
     except ValueError as error:  # an evaluation lacks what the settings ask for
         raise RunDamaged(f"{run.database} is damaged: {error}") from error
     champion = best(within)
+    certificate = read_own_certificate(run.path, {item.id: item for item in evaluations})
     return RunSummary(
         directory=run.path,
         settings=settings,
@@ -295,6 +303,7 @@ def read_run(directory: Path | str) -> RunSummary:
         events=events,
         overhead=overhead,
         device=device,
+        certificate=certificate,
     )
 
 

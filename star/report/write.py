@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from star.report.device_plots import device_plots
+from star.report.fidelity_plots import fidelity_plots
 from star.report.figures import png
 from star.report.page import draw_backbones, page
 from star.report.plots import plots
@@ -17,7 +18,9 @@ from star.search.errors import RunError, is_disk_full
 __all__ = ["write_report"]
 
 # Pictures of earlier reports of the same run, which this one may not have any more.
-_PICTURE = re.compile(r"(front|scores|device)-[a-z0-9-]+\.png|(hypervolume|curves|classes|sharing)\.png")
+_PICTURE = re.compile(
+    r"(front|scores|device)-[a-z0-9-]+\.png|(hypervolume|curves|classes|sharing|fidelity)\.png"
+)
 
 
 def write_report(run: RunSummary | Path | str) -> Path:
@@ -29,7 +32,7 @@ def write_report(run: RunSummary | Path | str) -> Path:
     """
     summary = run if isinstance(run, RunSummary) else read_run(run)
     directory = RunDirectory(summary.directory)
-    drawn = [*plots(summary), *device_plots(summary)]
+    drawn = [*plots(summary), *device_plots(summary), *fidelity_plots(summary)]
     files = {f"{plot.name}.png": png(plot.figure) for plot in drawn}
     files["index.html"] = page(summary, drawn, draw_backbones(summary)).encode("utf-8")
     try:
