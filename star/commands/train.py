@@ -44,6 +44,10 @@ def train(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; the run's, or 1.")] = None,
+    proxy: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Any other, like schedule=constant; repeatable."),
+    ] = None,
     depth: Annotated[int | None, typer.Option(help="LIVs of a baseline.", rich_help_panel=_MODEL)] = None,
     width: Annotated[
         int | None, typer.Option(help="Model width; 128, or the run's.", rich_help_panel=_MODEL)
@@ -80,7 +84,10 @@ def train(
                     "dtype": dtype,
                     "threads": threads,
                 },
-                text={"length": length, "data": data, "text-column": text_column, "tokenizer": tokenizer},
+                text={
+                    **{"length": length, "proxy": proxy, "data": data},
+                    **{"text-column": text_column, "tokenizer": tokenizer},
+                },
                 out=out,
                 steps=steps,
                 evaluate_every=evaluate_every,
@@ -89,6 +96,7 @@ def train(
             )
         return
     with reported():
+        from star.commands.proxy import proxy_settings
         from star.search.settings import PRESETS, DataSettings
 
         if width is None and not is_run(target):
@@ -98,18 +106,22 @@ def train(
         settings = _settings(
             PRESETS["laptop"].proxy if chosen.settings is None else chosen.settings.proxy,
             steps,
-            {
-                "batch_size": batch_size,
-                "length": length,
-                "learning_rate": learning_rate,
-                "evaluate_every": max(_FEWEST_STEPS, steps // _EVALUATIONS)
-                if evaluate_every is None
-                else evaluate_every,
-                "seed": seed,
-                "device": device,
-                "dtype": dtype,
-                "threads": threads,
-            },
+            proxy_settings(
+                proxy or (),
+                {
+                    "steps": steps,
+                    "batch_size": batch_size,
+                    "length": length,
+                    "learning_rate": learning_rate,
+                    "evaluate_every": max(_FEWEST_STEPS, steps // _EVALUATIONS)
+                    if evaluate_every is None
+                    else evaluate_every,
+                    "seed": seed,
+                    "device": device,
+                    "dtype": dtype,
+                    "threads": threads,
+                },
+            ),
         )
         text = DataSettings() if chosen.settings is None else chosen.settings.data
         given: dict[str, Any] = {
@@ -168,9 +180,8 @@ def _directory(chosen: Target) -> Path:
 
 
 def _settings(base: ProxySettings, steps: int, options: dict[str, Any]) -> ProxySettings:
-    given = {name: value for name, value in options.items() if value is not None}
     warmup = min(base.warmup_steps, max(1, steps // 10))
-    return replace(base, steps=steps, warmup_steps=warmup, **given)
+    return replace(base, **{"steps": steps, "warmup_steps": warmup, **options})
 
 
 def _carry_out(
