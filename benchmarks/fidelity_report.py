@@ -328,8 +328,8 @@ def _transfer_table(plan: Plan, records: Records) -> list[str]:
         "## Learning rates across widths",
         "",
         f"Mean held-out loss of the {len(first.genomes)} layouts after {first.settings.steps} steps, one "
-        f'seed, heads of {first.config.head_dim}. The best rate of a row is bold; `parametrization="mup"` with '
-        f"`base_width={base}` is to keep it where it is at width {base}.",
+        f'seed, heads of {first.config.head_dim}. The best rate of a row is bold; `parametrization="mup"` '
+        f"with `base_width={base}` is to keep it where it is at width {base}.",
         "",
         "| parametrization | width | " + " | ".join(f"{rate:g}" for rate in TRANSFER_RATES) + " |",
         "|---|---|" + "---|" * len(TRANSFER_RATES),
