@@ -24,9 +24,18 @@ _DEFAULT_PRESET = "demo"
 _LARGEST_CLASS = 99
 
 
-def _preset(help: str, panel: str, *names: str, **more: Any) -> Any:
-    """An option that overrides the preset."""
-    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False, **more)
+def _preset(help: str, panel: str, *names: str, rare: bool = False, **more: Any) -> Any:
+    """An option that overrides the preset; a rare one is shown by --help-all alone."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False, hidden=rare, **more)
+
+
+def _help_all(context: typer.Context, value: bool) -> None:
+    """Show the rare options as well, and leave."""
+    if value:
+        for parameter in context.command.params:
+            parameter.hidden = False  # type: ignore[attr-defined]
+        typer.echo(context.get_help(), nl=False)
+        raise typer.Exit
 
 
 def search(
@@ -41,7 +50,9 @@ def search(
         list[str] | None,
         _preset("File, folder, JSONL, Parquet, dataset; repeatable.", _TEXT),
     ] = None,
-    text_column: Annotated[str | None, _preset("Column of a table that holds the text.", _TEXT)] = None,
+    text_column: Annotated[
+        str | None, _preset("Column of a table that holds the text.", _TEXT, rare=True)
+    ] = None,
     tokenizer: Annotated[str | None, _preset("A tokenizers JSON file; bytes by default.", _TEXT)] = None,
     objectives: Annotated[str | None, _preset("Like quality,size,cache,recall,ttft.", _SEARCH)] = None,
     algorithm: Annotated[str | None, _preset("nsga2, ga, regularised, random, …", _SEARCH)] = None,
@@ -52,9 +63,12 @@ def search(
     population: Annotated[int | None, _preset("Candidates of a generation.", _SEARCH)] = None,
     generations: Annotated[int | None, _preset("Generations with the first, random one.", _SEARCH)] = None,
     mutation_rate: Annotated[float | None, _preset("Chance that a position changes.", _SEARCH)] = None,
-    tournament: Annotated[int | None, _preset("Contenders for each parent.", _SEARCH)] = None,
+    tournament: Annotated[int | None, _preset("Contenders for each parent.", _SEARCH, rare=True)] = None,
     survival: Annotated[
         str | None, _preset("crowding, or hv: hypervolume improvement.", _SEARCH, metavar="RULE")
+    ] = None,
+    rungs: Annotated[
+        str | None, _preset("Like 0.25,0.5, where who is behind is stopped.", _SEARCH, metavar="PARTS")
     ] = None,
     seed: Annotated[int | None, _preset("Of every draw.", _SEARCH)] = None,
     seed_baselines: Annotated[
@@ -70,6 +84,10 @@ def search(
     learning_rate: Annotated[float | None, _preset("Peak learning rate.", _PROXY)] = None,
     device: Annotated[str | None, _preset("auto, cpu, cuda or cuda:N.", _PROXY)] = None,
     dtype: Annotated[str | None, _preset("auto, float32 or bfloat16.", _PROXY)] = None,
+    proxy: Annotated[
+        list[str] | None,
+        _preset("Any other, like schedule=constant; repeatable.", _PROXY, metavar="NAME=VALUE", rare=True),
+    ] = None,
     most: Annotated[
         list[str] | None, _preset("Budget, like ttft=200ms or cache=40MB; repeatable.", _DEVICE, "--max")
     ] = None,
@@ -78,20 +96,34 @@ def search(
         str | None, _preset("Tokens, like 4096,32768 (the CPU's default is 4096).", _DEVICE)
     ] = None,
     target_width: Annotated[int | None, _preset("Width that is measured; 768.", _DEVICE)] = None,
-    target_head_dim: Annotated[int | None, _preset("Its heads' width; 64.", _DEVICE)] = None,
-    target_dtype: Annotated[str | None, _preset("auto, float32, bfloat16, float16.", _DEVICE)] = None,
+    target_head_dim: Annotated[int | None, _preset("Its heads' width; 64.", _DEVICE, rare=True)] = None,
+    target_dtype: Annotated[
+        str | None, _preset("auto, float32, bfloat16, float16.", _DEVICE, rare=True)
+    ] = None,
     target_device: Annotated[str | None, _preset("auto, cpu, cuda or cuda:N.", _DEVICE)] = None,
     profile: Annotated[Path | None, _preset("A table that star profile --out has written.", _DEVICE)] = None,
+    measure_every: Annotated[
+        int | None, _preset("Each of so many is measured whole; 0: the front alone.", _DEVICE, rare=True)
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; one a core by default.")] = None,
+    workers_per_gpu: Annotated[int | None, typer.Option(help="Processes that share each GPU.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds after which a candidate has failed.", hidden=True)
+    ] = None,
     engine: Annotated[str | None, typer.Option(help="local or ray.")] = None,
     no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    help_all: Annotated[
+        bool,
+        typer.Option("--help-all", is_eager=True, callback=_help_all, help="All options, rare ones too."),
+    ] = False,
 ) -> None:
     """Search for architectures, and write a report of what was found.
 
     [dim]star search --data my-texts/ --objectives quality,cache --preset laptop[/dim]
     """
     with reported():
+        from star.commands.proxy import proxy_settings
         from star.profile import read_table
         from star.search import search as begin_search
         from star.search.budgets import parse_budgets
@@ -108,29 +140,36 @@ def search(
                 "mutation_rate": mutation_rate,
                 "tournament": tournament,
                 "survival": survival,
+                "rungs": None if rungs is None else _parts(rungs),
                 "budgets": parse_budgets(most or (), least or ()) or None,
                 "profile": None if profile is None else read_table(profile),
                 "seed": seed,
                 "seed_baselines": seed_baselines,
                 "references": references,
                 "workers": workers,
+                "workers_per_gpu": workers_per_gpu,
+                "timeout": timeout,
                 "engine": engine,
             },
             model={"width": width, "head_dim": head_dim},
-            proxy={
-                "steps": steps,
-                "batch_size": batch_size,
-                "length": length,
-                "learning_rate": learning_rate,
-                "device": device,
-                "dtype": dtype,
-            },
+            proxy=proxy_settings(
+                proxy or (),
+                {
+                    "steps": steps,
+                    "batch_size": batch_size,
+                    "length": length,
+                    "learning_rate": learning_rate,
+                    "device": device,
+                    "dtype": dtype,
+                },
+            ),
             measure={
                 "width": target_width,
                 "head_dim": target_head_dim,
                 "dtype": target_dtype,
                 "device": target_device,
                 "contexts": None if context is None else contexts(context),
+                "every": measure_every,
             },
             data={
                 "source": tuple(data) if data else None,
@@ -238,7 +277,7 @@ def _settings(
 def _proxy(settings: SearchSettings, given: dict[str, Any]) -> Any:
     """The proxy's settings; a warm-up that would outlast the training is cut to a tenth of it."""
     steps = given.get("steps", settings.proxy.steps)
-    if settings.proxy.warmup_steps >= steps:
+    if "warmup_steps" not in given and settings.proxy.warmup_steps >= steps:
         given["warmup_steps"] = steps // 10
     return replace(settings.proxy, **given)
 
@@ -253,6 +292,14 @@ def contexts(text: str) -> tuple[int, ...]:
     if not parts or not all(part.isascii() and part.isdecimal() for part in parts):
         raise ValueError(f"context is {text!r}, takes numbers of tokens with commas, like 4096,32768")
     return tuple(int(part) for part in parts)
+
+
+def _parts(text: str) -> tuple[float, ...]:
+    """Parts of a training, with commas; none where the text is empty."""
+    try:
+        return tuple(float(part) for part in _names(text))
+    except ValueError:
+        raise ValueError(f"rungs is {text!r}, takes parts of a training with commas, like 0.25,0.5") from None
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FAILED",
+    "STOPPED",
     "excess",
     "is_over_budget",
     "judged",
+    "over_budget",
     "parse_budgets",
     "require_budgets",
     "violation",
@@ -30,6 +32,10 @@ __all__ = [
 
 FAILED = 1e6
 """The violation of a candidate that failed; far more than that of any budget."""
+
+STOPPED = 1e-9
+"""The violation of a candidate that was stopped at a rung: behind those that were trained to their end,
+before those over a budget."""
 
 _OVER = "over budget: "
 _AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+)\s*([^\s0-9]*)\s*")
@@ -115,16 +121,22 @@ def judged(evaluations: Iterable[Evaluation], budgets: Mapping[str, float]) -> l
     return [_judge(evaluation, budgets) for evaluation in evaluations] if budgets else list(evaluations)
 
 
+def over_budget(values: Mapping[str, float], budgets: Mapping[str, float]) -> str:
+    """Which budgets the values exceed, in words; empty where none."""
+    over = [name for name in budgets if violation(values, {name: budgets[name]}) > 0]
+    return _OVER + ", ".join(over) if over else ""
+
+
 def is_over_budget(evaluation: Evaluation) -> bool:
-    """Whether `judged` has made a failure of a candidate that did not fail."""
+    """Whether a candidate exceeds a budget, by `judged` or at a rung, and did not fail."""
     return not evaluation.ok and (evaluation.reason or "").startswith(_OVER)
 
 
 def _judge(evaluation: Evaluation, budgets: Mapping[str, float]) -> Evaluation:
     if not evaluation.ok:
         return evaluation
-    over = [name for name in budgets if violation(evaluation.objectives, {name: budgets[name]}) > 0]
-    return replace(evaluation, status="failed", reason=_OVER + ", ".join(over)) if over else evaluation
+    over = over_budget(evaluation.objectives, budgets)
+    return replace(evaluation, status="failed", reason=over) if over else evaluation
 
 
 def _amount(option: str, text: str, objective: Objective, amount: str) -> float:

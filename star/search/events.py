@@ -110,6 +110,7 @@ class RunFinished:
     directory: Path
     evaluations: int
     failed: int
+    stopped: int
     front: tuple[int, ...]
     seconds: float
     exhausted: bool

@@ -22,7 +22,7 @@ from pymoo.operators.selection.tournament import TournamentSelection
 from pymoo.operators.survival.rank_and_crowding import RankAndCrowding
 
 from star.genome import Genome
-from star.search.budgets import FAILED, is_over_budget, violation
+from star.search.budgets import FAILED, STOPPED, is_over_budget, violation
 from star.search.layouts import BASELINES, seeds
 from star.search.objectives import objective_vector
 from star.search.settings import SearchSettings
@@ -85,7 +85,7 @@ class Evolution:
                 violated = violation(evaluation.objectives, self._budgets)
             else:
                 individual.F = np.full(len(self._objectives), _OBJECTIVE_OF_A_FAILURE)
-                violated = FAILED
+                violated = STOPPED if evaluation.stopped else FAILED
             individual.G = np.array([violated])  # above 0 violates the constraint
         self._algorithm.tell(infills=self._proposed)
         return [decode(individual.X) for individual in self._algorithm.pop]
@@ -114,6 +114,6 @@ def _nsga2(settings: SearchSettings, known: KnownModels) -> NSGA2:
     problem = Problem(
         n_var=settings.depth * POSITIONS,
         n_obj=len(settings.objectives),
-        n_ieq_constr=1,  # "the candidate did not fail, and keeps all budgets"
+        n_ieq_constr=1,  # "the candidate was trained to its end, did not fail, and keeps all budgets"
     )
     return algorithm.setup(problem, termination=NoTermination())

@@ -37,6 +37,7 @@ from star.search.front import front, hypervolume
 from star.search.layouts import BASELINES
 from star.search.objectives import objective_vector
 from star.search.results import failure
+from star.search.rungs import Bars, bars
 from star.search.settings import SearchSettings
 from star.search.store import Evaluation, RunStore
 from star.search.workers import Engine, Task
@@ -114,6 +115,7 @@ def evolve(settings: SearchSettings, edges: Edges) -> RunFinished:
     memory = Memory.of(edges.store)
     algorithm = begin(settings)
     exhausted = False
+    survivors: tuple[str, ...] = ()
     for generation in range(settings.generations):
         clock = Clock()
         with clock.timing("vary"):
@@ -122,7 +124,8 @@ def evolve(settings: SearchSettings, edges: Edges) -> RunFinished:
             exhausted = True
             break
         requests = number(proposals, generation, memory.known, settings, algorithm.later_origin)
-        for evaluation in assess(requests, generation, memory, settings, edges, clock):
+        passing = bars(settings, memory.known, survivors)
+        for evaluation in assess(requests, generation, passing, memory, settings, edges, clock):
             memory.known[evaluation.key] = evaluation
         with clock.timing("select"):
             survivors = tuple(genome.key for genome in algorithm.select(memory.judged(settings.budgets)))
@@ -162,12 +165,14 @@ def number(
 def assess(
     requests: Sequence[Request],
     generation: int,
+    passing: Bars | None,
     memory: Memory,
     settings: SearchSettings,
     edges: Edges,
     clock: Clock,
 ) -> Iterator[Evaluation]:
-    """The evaluation of each request: first those in the record, then the others as they are trained."""
+    """The evaluation of each request: first those in the record, then the others as they are trained, to
+    their end or to where they do not pass."""
     new: dict[int, Request] = {}
     recorded_ids = {evaluation.id: evaluation for evaluation in memory.record.values()}
     for request in requests:
@@ -182,7 +187,8 @@ def assess(
         return
     best = front(judged(memory.known.values(), settings.budgets), settings.objectives)
     finished = len(memory.known)
-    for id, result in edges.engine.evaluate([_task(request, settings, edges) for request in new.values()]):
+    tasks = [_task(request, passing, settings, edges) for request in new.values()]
+    for id, result in edges.engine.evaluate(tasks):
         evaluation = evaluated(new[id], result, [*settings.objectives, *settings.budgets])
         with clock.timing("store"):
             edges.store.append_evaluation(evaluation)
@@ -196,7 +202,7 @@ def assess(
 
 def evaluated(request: Request, result: Mapping[str, Any], objectives: Sequence[str]) -> Evaluation:
     """A worker's plain result as an evaluation; one that lacks an objective of the search has failed."""
-    if result["status"] == "ok":
+    if result["status"] != "failed":
         try:
             objective_vector(result["objectives"], objectives)
         except ValueError as error:
@@ -221,10 +227,16 @@ def planned(settings: SearchSettings) -> int:
     return settings.planned + (len(BASELINES) if settings.references else 0)
 
 
-def _task(request: Request, settings: SearchSettings, edges: Edges) -> Task:
+def _task(request: Request, passing: Bars | None, settings: SearchSettings, edges: Edges) -> Task:
     # The canonical genome is trained: what a model is must not depend on how it was spelled.
     path = edges.directory.weights_of(request.id).resolve() if settings.keep_weights else None
-    return Task(request.id, request.genome.key, None if path is None else str(path))
+    return Task(
+        id=request.id,
+        genome=request.genome.key,
+        weights=None if path is None else str(path),
+        # References are what all others are compared with.
+        bars=None if passing is None or request.generation is None else passing.to_json(),
+    )
 
 
 def conclude(
@@ -283,9 +295,12 @@ def _finish(
 ) -> RunFinished:
     within = judged(known.values(), settings.budgets)
     best = tuple(member.id for member in front(within, settings.objectives))
-    failed = sum(not evaluation.ok for evaluation in known.values())
-    edges.store.append_event("finished", evaluations=len(known), failed=failed, exhausted=exhausted)
-    event = RunFinished(edges.directory.path, len(known), failed, best, seconds, exhausted)
+    failed = sum(evaluation.failed for evaluation in known.values())
+    stopped = sum(evaluation.stopped for evaluation in known.values())
+    edges.store.append_event(
+        "finished", evaluations=len(known), failed=failed, stopped=stopped, exhausted=exhausted
+    )
+    event = RunFinished(edges.directory.path, len(known), failed, stopped, best, seconds, exhausted)
     edges.listener(event)
     return event
 

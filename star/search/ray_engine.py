@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 
 from star.search.errors import DiskFull, RunError, is_disk_full
 from star.search.events import CandidateStarted, Listener, WorkerLost, ignore
-from star.search.workers import ATTEMPTS, Task, lost_twice
+from star.search.workers import ATTEMPTS, Task, lost_twice, settings_for, timed_out
 
 __all__ = ["RayEngine", "run_task"]
 
@@ -34,6 +35,9 @@ class RayEngine:
         directory: the run directory, for messages.
         workers: tasks in flight.
         threads: processor cores that Ray reserves for each, and its number of threads.
+        workers_per_gpu: tasks that share a GPU; None for tasks that reserve none.
+        timeout: seconds after which a task that has not come back is killed, and its candidate has failed;
+            where the cluster is busy, they begin with the wait for a place on it.
         listener: hears of starts and losses.
 
     Raises:
@@ -48,13 +52,16 @@ class RayEngine:
         directory: Path,
         workers: int,
         threads: int = 1,
+        workers_per_gpu: int | None = None,
+        timeout: float | None = None,
         listener: Listener = ignore,
     ) -> None:
         self._ray = _import_ray()
         self._directory = directory
         self._limit = workers
         self._listener = listener
-        self._running: dict[Any, tuple[Task, int]] = {}  # Ray's reference -> task, slot
+        self._timeout = timeout
+        self._running: dict[Any, tuple[Task, int, float]] = {}  # Ray's reference -> task, slot, its beginning
         self._started_ray = not self._ray.is_initialized()
         if self._started_ray:
             try:
@@ -65,7 +72,11 @@ class RayEngine:
         environment = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
         remote = self._ray.remote(run_task)
         self._remote = remote.options(
-            max_retries=0, retry_exceptions=False, num_cpus=threads, runtime_env=environment
+            max_retries=0,
+            retry_exceptions=False,
+            num_cpus=threads,
+            num_gpus=0 if workers_per_gpu is None else 1 / workers_per_gpu,
+            runtime_env=environment,
         )
         # Sent to the cluster once instead of with each task.
         self._first = self._ray.put(json.dumps({"evaluator": evaluator, "settings": dict(settings)}))
@@ -75,9 +86,9 @@ class RayEngine:
         losses: Counter[int] = Counter()
         while waiting or self._running:
             self._hand_out(waiting)
-            done, _ = self._ray.wait(list(self._running), num_returns=1)
+            done, _ = self._ray.wait(list(self._running), num_returns=1, timeout=self._patience())
             for reference in done:
-                task, _ = self._running.pop(reference)
+                task, *_ = self._running.pop(reference)
                 try:
                     text, weights = self._ray.get(reference)
                 except self._ray.exceptions.RayError as error:
@@ -92,6 +103,7 @@ class RayEngine:
                         yield task.id, lost_twice(f"Ray says {type(error).__name__}")
                     continue
                 yield task.id, self._understood(json.loads(text), task, weights)
+            yield from self._overdue()
 
     def close(self) -> None:
         for reference in self._running:
@@ -101,12 +113,33 @@ class RayEngine:
             self._ray.shutdown()
             self._started_ray = False
 
+    def _patience(self) -> float | None:
+        """Seconds until the first of the running tasks is overdue."""
+        if self._timeout is None:
+            return None
+        first = min(began for *_, began in self._running.values())
+        return max(0.0, first + self._timeout - time.monotonic())
+
+    def _overdue(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Ends the tasks that have been running for longer than is allowed, and gives their answers."""
+        if self._timeout is None:
+            return
+        latest = time.monotonic() - self._timeout
+        for reference, (task, _, began) in list(self._running.items()):
+            if began <= latest:
+                del self._running[reference]
+                self._ray.cancel(reference, force=True)
+                result = timed_out(self._timeout)
+                self._listener(WorkerLost(task.id, result["reason"], retried=False))
+                yield task.id, result
+
     def _hand_out(self, waiting: deque[Task]) -> None:
         while waiting and len(self._running) < self._limit:
             task = waiting.popleft()
-            slot = min(set(range(self._limit)) - {slot for _, slot in self._running.values()})
-            reference = self._remote.remote(self._first, task.id, task.genome, task.weights is not None)
-            self._running[reference] = (task, slot)
+            slot = min(set(range(self._limit)) - {slot for _, slot, _ in self._running.values()})
+            # The path is of this machine: there, it only says whether weights are wanted.
+            reference = self._remote.remote(self._first, task.to_json())
+            self._running[reference] = (task, slot, time.monotonic())
             self._listener(CandidateStarted(task.id, task.genome, slot))
 
     def _understood(self, message: dict[str, Any], task: Task, weights: bytes | None) -> dict[str, Any]:
@@ -120,8 +153,9 @@ class RayEngine:
         return result
 
 
-def run_task(first: str, id: int, genome: str, with_weights: bool) -> tuple[str, bytes | None]:
-    """What runs on the cluster: the message of a local worker as JSON, and the weights' bytes.
+def run_task(first: str, task: dict[str, Any]) -> tuple[str, bytes | None]:
+    """What runs on the cluster, for a task as `Task.to_json` gives it: the message of a local worker as JSON,
+    and the weights' bytes.
 
     Raises nothing that the search should know of: whatever comes out of here as an exception is Ray's.
     """
@@ -136,9 +170,10 @@ def run_task(first: str, id: int, genome: str, with_weights: bool) -> tuple[str,
         return json.dumps({"fatal": f"evaluator {given['evaluator']!r} can not be imported: {line}"}), None
     try:
         with tempfile.TemporaryDirectory(prefix="star-") as folder:
-            path = Path(folder) / f"{id}.safetensors"
-            place = str(path) if with_weights else None
-            result = evaluate_safely(evaluator, genome, given["settings"], id, place)
+            path = Path(folder) / f"{task['id']}.safetensors"
+            place = None if task["weights"] is None else str(path)
+            settings = settings_for(task, given["settings"])
+            result = evaluate_safely(evaluator, task["genome"], settings, task["id"], place)
             weights = path.read_bytes() if path.exists() else None
     except RunError as error:
         return json.dumps({"fatal": str(error)}), None

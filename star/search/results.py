@@ -2,9 +2,9 @@
 
 An evaluator is `callable(genome_text, settings, candidate_id, weights_path | None) -> dict` with the keys
 
-    status       "ok" or "failed"
-    reason       text, when it failed
-    objectives   name -> number (smaller is better)
+    status       "ok", "failed", or "stopped" (where settings["bars"] says so: star.search.rungs)
+    reason       text, when it failed or was stopped
+    objectives   name -> number (smaller is better), unless it failed
     curve        list of points of the learning curve, optional
     seconds      what it took, optional
 """
@@ -57,10 +57,11 @@ def plain_result(raw: object) -> dict[str, Any]:
     status = raw.get("status")
     if status == "failed":
         plain = failure(str(raw.get("reason") or "no reason given"))
-    elif status != "ok":
+    elif status not in ("ok", "stopped"):
         return failure(f"the evaluator returned status {status!r}, not 'ok' or 'failed'")
     else:
-        plain = {"status": "ok", "reason": None}
+        reason = None if status == "ok" else _one_line(raw.get("reason") or "no reason given")
+        plain = {"status": status, "reason": reason}
         try:
             plain["objectives"] = _finite_numbers(raw.get("objectives"))
         except ValueError as error:
@@ -76,8 +77,11 @@ def plain_result(raw: object) -> dict[str, Any]:
 
 def failure(reason: str) -> dict[str, Any]:
     """A failed candidate's result. The reason becomes one short line."""
-    line = " ".join(reason.split())
-    return {"status": "failed", "reason": line[:_REASON_CHARACTERS], "objectives": {}, "curve": []}
+    return {"status": "failed", "reason": _one_line(reason), "objectives": {}, "curve": []}
+
+
+def _one_line(reason: object) -> str:
+    return " ".join(str(reason).split())[:_REASON_CHARACTERS]
 
 
 def describe(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from star.search.device import FindTable, MeasureWhole, WholeModels, with_table
 from star.search.directory import RunDirectory
 from star.search.errors import RunError, SearchInterrupted
 from star.search.events import CorpusOpened, Event, Listener, RunFinished, RunStarted, WorkerLost, ignore
+from star.search.gpus import FindGpus, Placement, place, visible_gpus
 from star.search.settings import EXECUTION, SearchSettings
 from star.search.store import RunStore
 from star.search.workers import Engine, LocalEngine
@@ -37,6 +38,7 @@ def search(
     open_corpus: OpenCorpus = open_corpus_of,
     find_table: FindTable = find_or_measure,
     measure_whole: MeasureWhole = measure_in_process,
+    find_gpus: FindGpus = visible_gpus,
     on_event: Listener = ignore,
 ) -> RunFinished:
     """Begin a search in a new run directory and carry it to its end.
@@ -48,6 +50,7 @@ def search(
         open_corpus: makes the corpus and says which it is.
         find_table: finds or measures the table of the device, where it is needed (star.search.device).
         measure_whole: measures a whole model on the device.
+        find_gpus: which GPUs local workers may share (star.search.gpus).
         on_event: called with each of star.search.events.
 
     Raises:
@@ -65,6 +68,7 @@ def search(
             raise RunError(f"{run} already holds a search: continue it with: star resume {run}")
         if any(run.weights.iterdir()):  # a search deletes what it does not need there
             raise RunError(f"{run.weights} is not empty, and no search of this directory has filled it")
+        placement = _placement(settings, find_gpus)
         settings = replace(settings, data=settings.data.absolute())
         corpus = open_corpus(settings)
         settings = replace(settings, model=replace(settings.model, vocab_size=corpus.vocab_size))
@@ -78,26 +82,29 @@ def search(
         }
         with RunStore.create(run.database, facts) as store:
             run.write_config(settings.to_json())
-            return _carry_out(settings, run, store, evaluator, corpus, measure_whole, on_event)
+            return _carry_out(settings, placement, run, store, evaluator, corpus, measure_whole, on_event)
 
 
 def resume(
     directory: Path | str,
     *,
     workers: int | None = None,
+    workers_per_gpu: int | None = None,
+    timeout: float | None = None,
     engine: str | None = None,
     evaluator: str = EVALUATOR,
     open_corpus: OpenCorpus = open_corpus_of,
     measure_whole: MeasureWhole = measure_in_process,
+    find_gpus: FindGpus = visible_gpus,
     on_event: Listener = ignore,
 ) -> RunFinished:
     """Carry a run to its end that was killed, stopped, or ran out of disk. A finished run stays as it is.
 
     Args:
         directory: of the run. Its settings are the recorded ones.
-        workers, engine: other than the run began with; nothing else may change.
-        evaluator, open_corpus, measure_whole, on_event: as for `search`; the evaluator is never taken from
-            the directory.
+        workers, workers_per_gpu, timeout, engine: other than the run began with; nothing else may change.
+        evaluator, open_corpus, measure_whole, find_gpus, on_event: as for `search`; the evaluator is never
+            taken from the directory.
 
     Raises:
         RunError: there is no run, or something that decides its results has changed.
@@ -112,17 +119,39 @@ def resume(
         with RunStore.open(run.database, write=True) as store:
             settings = store.settings()
             _agree(run, store, settings, evaluator)
-            if workers is not None:
-                settings = replace(settings, workers=workers)
-            if engine is not None:
-                settings = replace(settings, engine=engine)
+            settings = _otherwise(settings, workers, workers_per_gpu, timeout, engine)
+            placement = _placement(settings, find_gpus)
             corpus = open_corpus(settings)
             _require_same_text(store.facts()["data"], corpus)
-            return _carry_out(settings, run, store, evaluator, corpus, measure_whole, on_event)
+            return _carry_out(settings, placement, run, store, evaluator, corpus, measure_whole, on_event)
+
+
+def _placement(settings: SearchSettings, find_gpus: FindGpus) -> Placement:
+    """Of local workers; a cluster's are placed by Ray."""
+    return place(settings, find_gpus) if settings.engine == "local" else Placement(settings.worker_count())
+
+
+def _otherwise(
+    settings: SearchSettings,
+    workers: int | None,
+    workers_per_gpu: int | None,
+    timeout: float | None,
+    engine: str | None,
+) -> SearchSettings:
+    """The settings carried out in another way, where one is given."""
+    changes: dict[str, Any] = {}
+    if workers is not None or workers_per_gpu is not None:
+        changes |= {"workers": workers, "workers_per_gpu": workers_per_gpu}
+    if timeout is not None:
+        changes["timeout"] = timeout
+    if engine is not None:
+        changes["engine"] = engine
+    return replace(settings, **changes)
 
 
 def _carry_out(
     settings: SearchSettings,
+    placement: Placement,
     run: RunDirectory,
     store: RunStore,
     evaluator: str,
@@ -140,6 +169,8 @@ def _carry_out(
         on_event(event)
         whole_models(event)
 
+    if settings.engine == "local":  # as it turned out on this machine
+        settings = replace(settings, workers=placement.workers, workers_per_gpu=None)
     whole_models = WholeModels(settings, store, on_event, measure_whole)
     stored = len(store.evaluations())
     store.append_event("session", process=os.getpid(), stored=stored, workers=settings.worker_count())
@@ -148,7 +179,7 @@ def _carry_out(
     run.keep_weights({evaluation.id for evaluation in store.evaluations()})
     given = {**settings.to_json(), "corpus": asdict(corpus)}
     try:
-        with _engine(settings, evaluator, given, run, tell) as engine:
+        with _engine(settings, placement, evaluator, given, run, tell) as engine:
             return evolve(settings, Edges(store, run, engine, tell))
     except KeyboardInterrupt as interrupt:
         store.append_event("interrupted")
@@ -157,21 +188,27 @@ def _carry_out(
 
 @contextmanager
 def _engine(
-    settings: SearchSettings, evaluator: str, given: Mapping[str, Any], run: RunDirectory, listener: Listener
+    settings: SearchSettings,
+    placement: Placement,
+    evaluator: str,
+    given: Mapping[str, Any],
+    run: RunDirectory,
+    listener: Listener,
 ) -> Iterator[Engine]:
-    threads = settings.proxy.threads or 1
-    workers = settings.worker_count()
     engine: Engine
+    common: dict[str, Any] = {
+        "directory": run.path,
+        "workers": settings.worker_count(),
+        "threads": settings.proxy.threads or 1,
+        "timeout": settings.timeout,
+        "listener": listener,
+    }
     if settings.engine == "ray":
         from star.search.ray_engine import RayEngine
 
-        engine = RayEngine(
-            evaluator, given, directory=run.path, workers=workers, threads=threads, listener=listener
-        )
+        engine = RayEngine(evaluator, given, workers_per_gpu=settings.workers_per_gpu, **common)
     else:
-        engine = LocalEngine(
-            evaluator, given, directory=run.path, workers=workers, threads=threads, listener=listener
-        )
+        engine = LocalEngine(evaluator, given, gpus=placement.gpus, **common)
     try:
         yield engine
     finally:

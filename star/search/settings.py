@@ -24,7 +24,9 @@ __all__ = ["ENGINES", "EXECUTION", "PRESETS", "DataSettings", "RecallSettings", 
 ENGINES = ("local", "ray")
 SURVIVALS = ("crowding", "hv")
 # What may change when a run is resumed: how it is carried out, not what it finds.
-EXECUTION = ("workers", "engine")
+EXECUTION = ("workers", "workers_per_gpu", "timeout", "engine")
+# Recorded only where they are not the defaults, so that runs from before there were any can be resumed.
+_RECORDED_WHERE_CHOSEN = ("rungs", "rung_confidence")
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,9 @@ class SearchSettings:
         attempts: how often a generation is varied anew to replace proposals that were evaluated before.
         seed_baselines: begin with the Transformer++, StripedMamba and LFM2 layouts in the population.
         references: train those layouts, outside of the population, to compare with.
+        rungs: parts of a training, like (0.25, 0.5), at which candidates that can no longer survive are
+            stopped (star.search.rungs); none for training all to their end.
+        rung_confidence: with which they can not, by what earlier generations have recorded.
         keep_weights: keep the trained weights of the front and of the references.
         model: sizes of the models. Its vocabulary is set from the corpus when the search begins.
         proxy: the training that stands for a full one.
@@ -124,7 +129,12 @@ class SearchSettings:
         measure: how objectives and budgets of a device are measured.
         profile: the table of the device that they are predicted from. The search measures it when it begins,
             if they are among its objectives and budgets.
-        workers: processes; None for as many as the cores can serve with `proxy.threads` (None: 1) each.
+        workers: processes; None for `workers_per_gpu`, or else for as many as the cores can serve with
+            `proxy.threads` (None: 1) each.
+        workers_per_gpu: processes that share each GPU. Local ones: in place of `workers`; with the engine
+            ray, `workers` tasks at once reserve their share of a GPU each.
+        timeout: seconds after which a candidate that has not come back is killed and has failed; None for no
+            limit. Who exceeds it depends on the machine.
         engine: "local" processes, or "ray".
 
     Raises:
@@ -146,6 +156,8 @@ class SearchSettings:
     attempts: int = 20
     seed_baselines: bool = False
     references: bool = True
+    rungs: tuple[float, ...] = ()
+    rung_confidence: float = 0.95
     keep_weights: bool = True
     model: ModelConfig = field(default_factory=lambda: ModelConfig(width=128, head_dim=32))
     proxy: ProxySettings = field(default_factory=ProxySettings)
@@ -154,6 +166,8 @@ class SearchSettings:
     measure: MeasureSettings = field(default_factory=MeasureSettings)
     profile: ProfileTable | None = None
     workers: int | None = None
+    workers_per_gpu: int | None = None
+    timeout: float | None = None
     engine: str = "local"
 
     def __post_init__(self) -> None:
@@ -172,13 +186,39 @@ class SearchSettings:
         _require_integer("tournament", self.tournament, at_least=1, at_most=self.population)
         _require_number("mutation_rate", self.mutation_rate, above=None, at_most=1.0)
         _require_number("crossover_rate", self.crossover_rate, above=None, at_most=1.0)
-        if self.workers is not None:
-            _require_integer("workers", self.workers, at_least=1, at_most=10_000)
+        self._check_rungs()
+        for name in ("workers", "workers_per_gpu"):
+            if getattr(self, name) is not None:
+                _require_integer(name, getattr(self, name), at_least=1, at_most=10_000)
+        if self.engine == "local" and None not in (self.workers, self.workers_per_gpu):
+            raise ValueError("workers and workers_per_gpu are both given, the engine local takes one of them")
+        if self.workers_per_gpu is not None and self.proxy.device == "cpu":
+            raise ValueError("workers_per_gpu is given, and the device of the proxy is the CPU")
+        if self.timeout is not None:
+            _require_number("timeout", self.timeout, above=0.0, at_most=1e9)
         if self.engine not in ENGINES:
             raise ValueError(f"engine is {self.engine!r}, takes {' or '.join(ENGINES)}")
         for name in ("seed_baselines", "references", "keep_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, takes true or false")
+
+    def _check_rungs(self) -> None:
+        if not isinstance(self.rungs, (list, tuple)):
+            raise ValueError(f"rungs are {self.rungs!r}, take parts of a training like 0.25,0.5")
+        for part in self.rungs:
+            if isinstance(part, bool) or not isinstance(part, (int, float)) or not 0 < part < 1:
+                raise ValueError(f"rungs has {part!r}, takes parts of a training between 0 and 1")
+        if len(set(self.rungs)) < len(self.rungs):
+            raise ValueError(f"rungs are {', '.join(map(str, self.rungs))}, take each part once")
+        object.__setattr__(self, "rungs", tuple(sorted(self.rungs)))
+        _require_number("rung_confidence", self.rung_confidence, above=0.5, at_most=0.999999)
+        if not self.rungs:
+            return
+        if "quality" not in self.objectives:
+            raise ValueError("rungs foretell the objective quality, which is not searched for")
+        late = [item.name for item in self.measured() if item.trained and item.name != "quality"]
+        if late:
+            raise ValueError(f"rungs take objectives that are known before a training ends, not {late[0]}")
 
     @property
     def planned(self) -> int:
@@ -204,8 +244,15 @@ class SearchSettings:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; `from_json` turns it back."""
+        values = {
+            item.name: getattr(self, item.name)
+            for item in dataclasses.fields(self)
+            if item.name not in _RECORDED_WHERE_CHOSEN or getattr(self, item.name) != item.default
+        }
+        if "rungs" in values:
+            values["rungs"] = list(self.rungs)
         return {
-            **{item.name: getattr(self, item.name) for item in dataclasses.fields(self)},
+            **values,
             "objectives": list(self.objectives),
             "budgets": dict(self.budgets),
             "pool": self.pool.to_json(),

@@ -66,9 +66,10 @@ class Evaluation:
         genome: the genome as it was proposed.
         generation: from 0; None for a reference, which belongs to no generation.
         origin: "random", "offspring", "baseline:NAME" or "reference:NAME".
-        status: "ok" or "failed".
-        reason: why it failed, None when it did not.
-        objectives: name -> measured value, smaller is better; empty when it failed.
+        status: "ok", "failed", or "stopped" at a rung (star.search.rungs).
+        reason: why it failed or was stopped; None when it was trained to its end.
+        objectives: name -> measured value, smaller is better; empty when it failed. When it was stopped,
+            quality is that of the unfinished training, and what takes another training is missing.
         curve: the learning curve, rows as the evaluator gave them.
         seconds: wall time of the evaluation, in the worker.
         finished_at: seconds since 1970.
@@ -89,6 +90,14 @@ class Evaluation:
     @property
     def ok(self) -> bool:
         return self.status == "ok"
+
+    @property
+    def failed(self) -> bool:
+        return self.status == "failed"
+
+    @property
+    def stopped(self) -> bool:
+        return self.status == "stopped"
 
 
 @dataclass(frozen=True)
@@ -340,7 +349,8 @@ class RunStore:
             and (generation is None or (isinstance(generation, int) and generation >= 0))
             and isinstance(origin, str)
             and _ORIGIN.fullmatch(origin) is not None
-            and ((status == "ok" and reason is None) or (status == "failed" and isinstance(reason, str)))
+            and status in ("ok", "failed", "stopped")
+            and (reason is None if status == "ok" else isinstance(reason, str))
             and isinstance(measured, dict)
             and all(_is_finite_number(value) for value in measured.values())
             and isinstance(points, list)

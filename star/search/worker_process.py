@@ -13,6 +13,7 @@ from typing import Any
 from star.pools import load_object
 from star.search.errors import RunError, is_disk_full
 from star.search.results import evaluate_safely
+from star.search.workers import settings_for
 
 __all__ = ["main"]
 
@@ -20,7 +21,7 @@ __all__ = ["main"]
 def main(connection_descriptor: int, lifeline: int) -> None:
     """Serve tasks that come over the connection until it closes.
 
-    Messages are JSON objects. In: first {evaluator, settings}, then {id, genome, weights} each. Out: first
+    Messages are JSON objects. In: first {evaluator, settings}, then a `Task` each. Out: first
     {ready} or {fatal: why}, then {result} each, or {disk_full: what could not be written}.
     """
     faulthandler.enable()
@@ -45,9 +46,8 @@ def _serve(connection: Connection) -> None:
     while True:
         task = _receive(connection)
         try:
-            result = evaluate_safely(
-                evaluator, task["genome"], first["settings"], task["id"], task["weights"]
-            )
+            settings = settings_for(task, first["settings"])
+            result = evaluate_safely(evaluator, task["genome"], settings, task["id"], task["weights"])
         except RunError as error:
             _send(connection, {"fatal": str(error)})
             continue

@@ -18,9 +18,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Pipe, wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +30,7 @@ from star.search.errors import DiskFull, RunError
 from star.search.events import CandidateStarted, Listener, WorkerLost, ignore
 from star.search.results import failure
 
-__all__ = ["ATTEMPTS", "Engine", "LocalEngine", "Task", "lost_twice"]
+__all__ = ["ATTEMPTS", "Engine", "LocalEngine", "Task", "lost_twice", "settings_for", "timed_out"]
 
 # How often a candidate is given to a worker before its deaths are blamed on it.
 ATTEMPTS = 2
@@ -43,11 +44,29 @@ _BOOTSTRAP = (
 
 @dataclass(frozen=True)
 class Task:
-    """A candidate to evaluate: its id, its (canonical) genome, and where its weights may be saved."""
+    """A candidate to evaluate.
+
+    Attributes:
+        id: in the search.
+        genome: canonical.
+        weights: where they may be saved.
+        bars: what it has to pass on its way (star.search.rungs), as JSON; given to the evaluator with the
+            settings, as settings["bars"].
+    """
 
     id: int
     genome: str
     weights: str | None
+    bars: Mapping[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON, as workers get it."""
+        return asdict(self)
+
+
+def settings_for(task: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The evaluator's settings for a task, as `Task.to_json` gives it."""
+    return {**settings} if task["bars"] is None else {**settings, "bars": task["bars"]}
 
 
 class Engine(Protocol):
@@ -70,6 +89,11 @@ def lost_twice(reason: str) -> dict[str, Any]:
     return failure(f"its worker died {ATTEMPTS} times, last: {reason}")
 
 
+def timed_out(seconds: float) -> dict[str, Any]:
+    """The answer for a candidate that has not come back."""
+    return failure(f"timed out: no answer after {seconds:g} s")
+
+
 class LocalEngine:
     """Persistent worker processes on this machine, started when they are first needed.
 
@@ -79,6 +103,9 @@ class LocalEngine:
         directory: the run directory, for messages.
         workers: how many processes.
         threads: of torch and of the libraries below it, in each.
+        gpus: given to the workers by turns, each as its only one (as CUDA_VISIBLE_DEVICES names them); none
+            for leaving all to each.
+        timeout: seconds after which a worker that has not answered is killed, and its candidate has failed.
         listener: hears of starts and losses.
     """
 
@@ -90,12 +117,16 @@ class LocalEngine:
         directory: Path,
         workers: int,
         threads: int = 1,
+        gpus: Sequence[str] = (),
+        timeout: float | None = None,
         listener: Listener = ignore,
     ) -> None:
         self._first_message = {"evaluator": evaluator, "settings": dict(settings)}
         self._directory = directory
         self._limit = workers
         self._threads = threads
+        self._gpus = tuple(gpus)
+        self._timeout = timeout
         self._listener = listener
         self._workers: list[_Worker] = []
         self._failed_starts = 0
@@ -124,6 +155,15 @@ class LocalEngine:
                     yield task.id, answer["result"]
                 else:
                     self._heed(worker, answer)
+            for worker in self._overdue():
+                task, seconds = worker.task, self._timeout
+                assert task is not None
+                assert seconds is not None
+                self._remove(worker)
+                result = timed_out(seconds)
+                self._listener(WorkerLost(task.id, result["reason"], retried=False))
+                self._hand_out(waiting)
+                yield task.id, result
 
     def close(self) -> None:
         for worker in self._workers:
@@ -141,17 +181,31 @@ class LocalEngine:
         starting = sum(not worker.started for worker in self._workers)
         while len(self._workers) < self._limit and starting < len(waiting):
             number = min(set(range(self._limit)) - {worker.number for worker in self._workers})
-            self._workers.append(_Worker(number, self._first_message, self._threads))
+            gpu = self._gpus[number % len(self._gpus)] if self._gpus else None
+            self._workers.append(_Worker(number, self._first_message, self._threads, gpu))
             starting += 1
 
     def _ready(self) -> list[_Worker]:
-        """Wait until workers have something to say or are dead."""
+        """Wait until workers have something to say or are dead; none of them, where one is overdue."""
         while True:
-            # The time-out is for a death that leaves the connection open in a grandchild.
+            # The time-out is for the overdue, and a death that leaves the connection open in a grandchild.
             speaking = set(wait([worker.connection for worker in self._workers], timeout=1.0))
             ready = [w for w in self._workers if w.connection in speaking or w.process.poll() is not None]
-            if ready:
+            if ready or self._overdue():
                 return ready
+
+    def _overdue(self) -> list[_Worker]:
+        """Workers that have been at one candidate for longer than is allowed."""
+        if self._timeout is None:
+            return []
+        latest = time.monotonic() - self._timeout
+        return [worker for worker in self._workers if worker.task is not None and worker.began < latest]
+
+    def _remove(self, worker: _Worker) -> None:
+        """End a worker, whatever it is doing."""
+        self._workers.remove(worker)
+        worker.kill()
+        worker.forget()
 
     def _heed(self, worker: _Worker, message: Mapping[str, Any]) -> None:
         """What a worker says other than a result."""
@@ -182,9 +236,10 @@ class LocalEngine:
 class _Worker:
     """One process and the parent's ends of its connection and its lifeline."""
 
-    def __init__(self, number: int, first_message: Mapping[str, Any], threads: int) -> None:
+    def __init__(self, number: int, first_message: Mapping[str, Any], threads: int, gpu: str | None) -> None:
         self.number = number
         self.task: Task | None = None
+        self.began = 0.0  # with the task, on the monotonic clock
         self.started = False
         self.connection, theirs = Pipe(duplex=True)
         lifeline, self._lifeline = os.pipe()
@@ -198,7 +253,7 @@ class _Worker:
                 stderr=self._output,
                 pass_fds=(theirs.fileno(), lifeline),
                 start_new_session=True,
-                env={**os.environ, **_thread_environment(threads)},
+                env={**os.environ, **_thread_environment(threads), **_gpu_environment(gpu)},
             )
         finally:
             theirs.close()
@@ -210,8 +265,8 @@ class _Worker:
         return self.started and self.task is None
 
     def send(self, task: Task) -> None:
-        self.task = task
-        self._post({"id": task.id, "genome": task.genome, "weights": task.weights})
+        self.task, self.began = task, time.monotonic()
+        self._post(task.to_json())
 
     def _post(self, message: Mapping[str, Any]) -> None:
         # If it is dead, `receive` finds out, where deaths are dealt with.
@@ -265,6 +320,11 @@ def _search_path() -> str:
 def _thread_environment(threads: int) -> dict[str, str]:
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
     return dict.fromkeys(names, str(threads))
+
+
+def _gpu_environment(gpu: str | None) -> dict[str, str]:
+    # ROCm has a name of its own, and takes NVIDIA's as well.
+    return {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
 
 
 def _describe_end(status: int | None) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import time
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,19 @@ from star.search.events import CandidateStarted, Event, WorkerLost
 from star.search.ray_engine import RayEngine, run_task
 from star.search.run import search
 from star.search.store import RunStore
+from star.search.workers import Task
 
 
 class RayError(Exception):
     """Ray's base of errors."""
+
+
+@dataclass(eq=False)
+class Reference:
+    """Ray's to a task: hashable, whatever its arguments are."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
 
 
 class StandIn(types.ModuleType):
@@ -34,6 +45,7 @@ class StandIn(types.ModuleType):
         self.lost, self.options_seen, self.cancelled = lost, {}, []  # type: ignore[var-annotated]
         self.running = False
         self.most_at_once = 0
+        self.patience: list[float | None] = []
 
     def is_initialized(self) -> bool:
         return self.running
@@ -50,18 +62,25 @@ class StandIn(types.ModuleType):
     def remote(self, function: Callable[..., Any]) -> Any:
         def options(**chosen: Any) -> Any:
             self.options_seen = chosen
-            return types.SimpleNamespace(remote=lambda *args: (function, args))
+            return types.SimpleNamespace(remote=lambda *args: Reference(function, args))
 
         return types.SimpleNamespace(options=options)
 
-    def wait(self, references: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+    def wait(
+        self, references: list[Any], num_returns: int, timeout: float | None
+    ) -> tuple[list[Any], list[Any]]:
+        self.patience.append(timeout)
+        if timeout is not None:  # all hang
+            time.sleep(timeout)
+            return [], references
         self.most_at_once = max(self.most_at_once, len(references))
         return references[-num_returns:], references[:-num_returns]
 
     def get(self, reference: Any) -> Any:
-        function, args = reference
-        if self.lost.get(args[1], 0) > 0:
-            self.lost[args[1]] -= 1
+        function, args = reference.function, reference.args
+        id = args[1]["id"]
+        if self.lost.get(id, 0) > 0:
+            self.lost[id] -= 1
             raise RayError("The worker died\nunexpectedly, process 4711")
         return function(*args)
 
@@ -127,7 +146,8 @@ def test_what_stops_the_search(
 
 
 def test_no_weights_where_none_are_wanted() -> None:
-    text, weights = run_task('{"evaluator": "synthetic:score", "settings": {}}', 0, "11111-91111", False)
+    task = Task(0, "11111-91111", None).to_json()
+    text, weights = run_task('{"evaluator": "synthetic:score", "settings": {}}', task)
     assert '"ok"' in text
     assert weights is None
 
