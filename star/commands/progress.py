@@ -142,7 +142,7 @@ class SearchProgress:
         if kind == "reference":
             name += f" ({reference})"
         if not evaluation.ok:
-            return f"{name} failed: {evaluation.reason}"
+            return f"{name} {evaluation.status}: {evaluation.reason}"
         numbers = ", ".join(f"{key} {value(key, number)}" for key, number in evaluation.objectives.items())
         best = "  on the front" if evaluation.id in self._front else ""
         return f"{name}: {numbers}  ({duration(evaluation.seconds)}){best}"
@@ -197,9 +197,12 @@ class SearchProgress:
             parts.append(f"training {ids}")
         elif self._note:
             parts.append(self._note)
-        failed = [item for item in self._evaluations.values() if not item.ok]
+        failed = [item for item in self._evaluations.values() if item.failed]
         if failed:
             parts.append(f"{len(failed)} failed (last: {one_line(failed[-1].reason or '')[:60]})")
+        stopped = sum(item.stopped for item in self._evaluations.values())
+        if stopped:
+            parts.append(f"{stopped} stopped early")
         if self._hypervolume is not None:
             parts.append(f"hypervolume {self._hypervolume:.4f}")
         return " · ".join(parts)

@@ -162,9 +162,14 @@ def _print(shown: Target, costs: dict[str, int], length: int, out: Path | None) 
         measured = shown.evaluation.objectives
         if "quality" in measured:
             quality = value("quality", measured["quality"])
-            table.add_row("  quality", f"{quality} {title('quality')} after the run's proxy training")
-        elif not shown.evaluation.ok:
-            table.add_row("  failed", one_line(shown.evaluation.reason or ""))
+            when = (
+                "where its training was ended"
+                if shown.evaluation.stopped
+                else "after the run's proxy training"
+            )
+            table.add_row("  quality", f"{quality} {title('quality')} {when}")
+        if not shown.evaluation.ok:
+            table.add_row(f"  {shown.evaluation.status}", one_line(shown.evaluation.reason or ""))
     console.print(table)
     if shown.evaluation is not None:
         say(console, f"  {shown.genome}", "dim")

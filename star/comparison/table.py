@@ -99,7 +99,8 @@ def conditions_of(settings: SearchSettings, corpus_key: str) -> dict[str, Any]:
 
 
 def rows_of_run(run: Path) -> list[Row]:
-    """The evaluations of a run, failed ones and references among them.
+    """The evaluations of a run, failed ones and references among them; not those that were stopped at a rung,
+    whose values compare with no others.
 
     Raises:
         RunError: there is no run, or it has evaluated nothing.
@@ -115,7 +116,9 @@ def rows_of_run(run: Path) -> list[Row]:
     name = hashlib.sha256(canonical_json(conditions).encode()).hexdigest()[:12]
     table = settings.profile
     device = "" if table is None else f"{table.device_name} {table.checksum[:12]}"
-    return [_row(item, name, conditions, settings.proxy.seed, device) for item in evaluations]
+    return [
+        _row(item, name, conditions, settings.proxy.seed, device) for item in evaluations if not item.stopped
+    ]
 
 
 def _row(item: Evaluation, name: str, conditions: Mapping[str, Any], seed: int, device: str) -> Row:

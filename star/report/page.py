@@ -16,6 +16,7 @@ from star.report.figures import svg
 from star.report.html import Html, element, join
 from star.report.numbers import change, count, difference, duration, measured_objectives, sign, title, value
 from star.report.plots import Plot
+from star.report.rungs import rungs_section
 from star.report.style import CSS
 from star.report.summary import MAIN_REFERENCE, RunSummary
 from star.search.store import Evaluation
@@ -55,6 +56,7 @@ def page(run: RunSummary, plots: Sequence[Plot], backbones: Mapping[int, str]) -
             _EVOLUTION,
             _figures([plot for plot in plots if plot.section == "evolution"]),
         ),
+        rungs_section(run),
         _failures(run),
         _limits(run),
         _settings(run),
@@ -125,6 +127,8 @@ def _cards(run: RunSummary) -> list[Html]:
     facts: list[tuple[str, str]] = [(f"{len(run.candidates)}", "candidates trained")]
     if run.failures:
         facts.append((str(len(run.failures)), "failed"))
+    if run.stopped:
+        facts.append((str(len(run.stopped)), "stopped early"))
     if run.over_budget:
         facts.append((str(len(run.over_budget)), "over budget"))
     facts.append((str(len(run.front)), "on the front"))
@@ -222,7 +226,7 @@ def _row(
             relative = element("small", text, class_=judged)
         cells.append(element("td", value(column, number), relative, class_="number"))
     generation = "" if item.generation is None else item.generation + 1
-    failed = None if item.ok else element("small", f"failed: {item.reason}")
+    failed = None if item.ok else element("small", f"{item.status}: {item.reason}")
     return element(
         "tr",
         element("td", name),
@@ -399,7 +403,7 @@ def _settings(run: RunSummary) -> Html:
         ("beside training", f"{share} (select, vary, store)"),
         (
             "all trainings",
-            f"{duration(run.training_seconds)} on {count(run.settings.worker_count(), 'worker')}",
+            f"{duration(run.training_seconds)} on {count(run.workers, 'worker')}",
         ),
         ("text", corpus.get("name", "–")),
         ("content hash", element("code", corpus.get("content_hash", "–"))),

@@ -303,7 +303,7 @@ def _curves(run: RunSummary) -> Plot | None:
     others = [pair for pair in drawn if pair not in important]
     figure, axes = new_figure(height=3.8)
     for item, points in others[-_CURVES_AT_MOST:]:
-        _curve(axes, points, THEME["soft"] if item.ok else THEME["warm"], 0.7, "-", 0.55)
+        _curve(axes, points, THEME["warm"] if item.failed else THEME["soft"], 0.7, "-", 0.55)
     for item, points in important:
         if item.id in front_ids:
             _curve(axes, points, THEME["accent"], 1.2, "-", 0.9)

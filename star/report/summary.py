@@ -25,6 +25,7 @@ from star.search.front import (
     hypervolume_by_generation,
 )
 from star.search.objectives import objective_vector
+from star.search.rungs import saved_seconds
 from star.search.settings import SearchSettings
 from star.search.store import Evaluation, RunStore, StoredEvent
 from star.targets import best
@@ -147,7 +148,12 @@ class RunSummary:
 
     @property
     def failures(self) -> list[Evaluation]:
-        return [evaluation for evaluation in self.evaluations if not evaluation.ok]
+        return [evaluation for evaluation in self.evaluations if evaluation.failed]
+
+    @property
+    def stopped(self) -> list[Evaluation]:
+        """Candidates whose training was ended at a rung."""
+        return [evaluation for evaluation in self.evaluations if evaluation.stopped]
 
     @property
     def generations(self) -> int:
@@ -155,6 +161,13 @@ class RunSummary:
         return (
             max((item.generation for item in self.candidates if item.generation is not None), default=-1) + 1
         )
+
+    @property
+    def workers(self) -> int:
+        """Of the last session that wrote into the record."""
+        recorded = [event.data.get("workers") for event in self.events if event.kind == "session"]
+        last = recorded[-1] if recorded else None
+        return last if isinstance(last, int) else self.settings.worker_count()
 
     @property
     def training_seconds(self) -> float:
@@ -229,6 +242,8 @@ class RunSummary:
             "evaluations": len(self.evaluations),
             "candidates": len(self.candidates),
             "failed": len(self.failures),
+            "stopped": len(self.stopped),
+            "saved_seconds": saved_seconds(self.stopped, self.settings),
             "generations": len(self.populations),
             "best": None if self.champion is None else self.champion.id,
             "front": [_evaluation_json(evaluation) for evaluation in self.front],
