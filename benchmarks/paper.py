@@ -17,6 +17,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Collection
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from benchmarks.paper_drift import many_drifts
 from benchmarks.paper_plan import SEARCHES, Folder, Plan, append_line, read_lines
 from benchmarks.paper_report import write_report
-from benchmarks.paper_retrain import best, layouts, retrain
+from benchmarks.paper_retrain import best, engine_of, layouts, retrain
 from benchmarks.prediction import processor_timer, table_by_processor_time
 from star.genome import Genome
 from star.measure.process import measure_in_process, table_in_process
@@ -68,11 +69,12 @@ def carry_out(folder: Folder, plan: Plan, workers: int, tell: Tell) -> None:
     drifts after the first of them."""
     table = device_table(folder, plan, tell)
     corpus = open_corpus_of(plan.search)
-    for name in SEARCHES:
-        run_search(folder, plan, name, table, workers, tell)
-        simulate_drifts(folder, plan, workers, tell)
-        genomes = [*layouts(plan.search.depth).values(), *chosen_of(folder, plan, name)]
-        retrain(folder, plan, genomes, corpus, workers, tell)
+    with closing(engine_of(folder, plan, corpus, workers)) as engine:
+        for name in SEARCHES:
+            run_search(folder, plan, name, table, workers, tell)
+            simulate_drifts(folder, plan, workers, tell)
+            genomes = [*layouts(plan.search.depth).values(), *chosen_of(folder, plan, name)]
+            retrain(folder, plan, genomes, corpus, engine, tell)
 
 
 def device_table(folder: Folder, plan: Plan, tell: Tell) -> ProfileTable:
@@ -149,23 +151,27 @@ def plan_of(chosen: argparse.Namespace) -> Plan:
     Raises:
         ValueError: an option that no experiment can have.
     """
-    plan = Plan()
+    settings = replace(Plan().search, measure=_MEASURED)
     if chosen.preset is not None:
         named = preset(chosen.preset)
-        plan = replace(plan, search=replace(plan.search, model=named.model, proxy=named.proxy))
-    plan = replace(plan, search=replace(plan.search, measure=_MEASURED))
+        settings = replace(settings, model=named.model, proxy=named.proxy)
+    numbers = {"best": chosen.best, "longer": chosen.longer, "seeds": chosen.seeds, "drifts": chosen.drifts}
+    given = {name: number for name, number in numbers.items() if number is not None}
+    cpu_time = chosen.cpu_time
     if chosen.quick:
-        plan = _quick(plan)
-    numbers = {name: getattr(chosen, name) for name in ("best", "longer", "seeds", "drifts")}
-    given = {name: value for name, value in numbers.items() if value is not None}
-    return replace(plan, search=_search(plan.search, chosen), cpu_time=chosen.cpu_time, **given)
+        settings = _quick(settings)
+        given = _QUICK | given
+        cpu_time = cpu_time or chosen.device == "cpu"  # in this process, so that no other has to start
+    return Plan(search=_search(settings, chosen, cpu_time), cpu_time=cpu_time, **given)
 
 
 # A size whose table takes a CPU seconds; contexts as the cache is counted.
 _MEASURED = MeasureSettings(width=256, contexts=(4096,), decode_steps=32, repetitions=1, every=0)
 
 
-def _search(settings: SearchSettings, chosen: argparse.Namespace) -> SearchSettings:
+def _search(settings: SearchSettings, chosen: argparse.Namespace, cpu_time: bool) -> SearchSettings:
+    """The settings with what the options say; at another width, the learning rate in proportion to 1 / width,
+    as the presets have it."""
     model = model_config(chosen.width, base=settings.model)
     rate = settings.proxy.learning_rate
     if model.width != settings.model.width:
@@ -184,27 +190,33 @@ def _search(settings: SearchSettings, chosen: argparse.Namespace) -> SearchSetti
         settings,
         model=model,
         proxy=proxy,
-        measure=replace(settings.measure, device=chosen.device, threads=1 if chosen.cpu_time else None),
+        measure=replace(
+            settings.measure,
+            device=chosen.device,
+            width=chosen.target_width or settings.measure.width,
+            threads=1 if cpu_time else None,
+        ),
         data=replace(settings.data, source=tuple(chosen.text)).absolute(),
         **{name: value for name, value in changes.items() if value is not None},
     )
 
 
-def _quick(plan: Plan) -> Plan:
+_QUICK = {"best": 2, "longer": 2, "seeds": 2, "drifts": 20}
+
+
+def _quick(settings: SearchSettings) -> SearchSettings:
     """The whole path in seconds; its numbers mean nothing."""
-    small = replace(
-        plan.search,
+    proxy = replace(settings.proxy, steps=2, warmup_steps=1, batch_size=1, length=32, validation_batches=1)
+    return replace(
+        settings,
         population=4,
         generations=2,
         depth=4,
-        model=replace(plan.search.model, width=16, head_dim=4),
-        proxy=replace(
-            plan.search.proxy, steps=2, warmup_steps=1, batch_size=1, length=32, validation_batches=1
-        ),
-        recall=replace(plan.search.recall, steps=2, warmup_steps=1, validation_batches=1),
-        measure=replace(plan.search.measure, width=16, contexts=(16,), decode_steps=2),
+        model=replace(settings.model, width=16, head_dim=4),
+        proxy=proxy,
+        recall=replace(settings.recall, steps=2, warmup_steps=1, validation_batches=1),
+        measure=replace(settings.measure, width=16, contexts=(16,), decode_steps=2),
     )
-    return replace(plan, search=small, best=2, longer=2, seeds=2, drifts=20)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -227,6 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, help="longer trainings of each")
     parser.add_argument("--drifts", type=int, help="evolutions without selection")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--target-width", type=int, help="of the models that the device is measured with")
     parser.add_argument("--cpu-time", action="store_true", help="device table in processor seconds")
     parser.add_argument("--text", nargs="+", default=[], help="files, folders or a dataset's name")
     parser.add_argument("--workers", type=int)

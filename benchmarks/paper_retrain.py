@@ -19,9 +19,9 @@ from star.search.layouts import BASELINES
 from star.search.objectives import objective_vector
 from star.search.ranking import fronts
 from star.search.store import Evaluation
-from star.search.workers import LocalEngine, Task
+from star.search.workers import Engine, LocalEngine, Task
 
-__all__ = ["Longer", "best", "evaluate", "layouts", "read_longer", "retrain"]
+__all__ = ["Longer", "best", "engine_of", "evaluate", "layouts", "read_longer", "retrain"]
 
 EVALUATOR = "benchmarks.paper_retrain:evaluate"
 
@@ -76,12 +76,21 @@ def evaluate(
     return evaluate_candidate(genome_text, given, candidate_id, weights_path)
 
 
+def engine_of(folder: Folder, plan: Plan, corpus: CorpusRecord, workers: int) -> Engine:
+    """Workers for `retrain`; they start when they are first needed, and stay."""
+    settings = plan.longer_settings()
+    given = {**settings.to_json(), "corpus": asdict(corpus), "seeds": plan.seeds}
+    given["model"] = {**given["model"], "vocab_size": corpus.vocab_size}
+    threads = settings.proxy.threads or 1
+    return LocalEngine(EVALUATOR, given, directory=folder.path, workers=workers, threads=threads)
+
+
 def retrain(
     folder: Folder,
     plan: Plan,
     genomes: Sequence[str],
     corpus: CorpusRecord,
-    workers: int,
+    engine: Engine,
     tell: Callable[[str], None],
 ) -> None:
     """Train what is not recorded yet of `genomes` (canonical) times `plan.seeds`; seeds outermost, so that a
@@ -100,22 +109,14 @@ def retrain(
     ]
     if not jobs:
         return
-    settings = plan.longer_settings()
-    given = {**settings.to_json(), "corpus": asdict(corpus), "seeds": plan.seeds}
-    given["model"] = {**given["model"], "vocab_size": corpus.vocab_size}
     tasks = [Task(number * plan.seeds + seed, genome, None) for number, (seed, genome) in enumerate(jobs)]
-    threads = settings.proxy.threads or 1
-    engine = LocalEngine(EVALUATOR, given, directory=folder.path, workers=workers, threads=threads)
-    try:
-        for finished, (id, result) in enumerate(engine.evaluate(tasks), start=1):
-            seed, genome = jobs[id // plan.seeds]
-            line = {"genome": genome, "seed": seed, "corpus": corpus.key, "result": result}
-            append_line(folder.retrained_file, line)
-            quality = result["objectives"].get("quality")
-            said = f"failed: {result['reason']}" if quality is None else f"{quality:.4f} bits per byte"
-            tell(f"longer training {finished} of {len(tasks)}, seed {seed}: {said}")
-    finally:
-        engine.close()
+    for finished, (id, result) in enumerate(engine.evaluate(tasks), start=1):
+        seed, genome = jobs[id // plan.seeds]
+        line = {"genome": genome, "seed": seed, "corpus": corpus.key, "result": result}
+        append_line(folder.retrained_file, line)
+        quality = result["objectives"].get("quality")
+        said = f"failed: {result['reason']}" if quality is None else f"{quality:.4f} bits per byte"
+        tell(f"longer training {finished} of {len(tasks)}, seed {seed}: {said}")
 
 
 def read_retrained(folder: Folder, corpus_key: str | None = None) -> Retrained:
