@@ -49,6 +49,7 @@ from star.genome import Genome
 from star.optimizer import decays
 
 if TYPE_CHECKING:
+    from star.pools import LivClass
     from star.proxy import ProxySettings
 
 __all__ = ["POWERS", "kinds", "rate_scales", "scale_initial_weights"]
@@ -106,11 +107,13 @@ def kinds(model: nn.Module) -> dict[str, str]:
         raise ValueError(
             f"parametrization is 'mup', takes a model of star.build_model, not {type(model).__name__}"
         )
-    return dict(_kinds(model.genome, model.config))
+    entries = tuple(plan.entry for plan in model.plans)
+    return dict(_kinds(model.genome, model.config, entries))
 
 
 @lru_cache(maxsize=4)
-def _kinds(genome: Genome, config: ModelConfig) -> dict[str, str]:
+def _kinds(genome: Genome, config: ModelConfig, entries: tuple[LivClass, ...]) -> dict[str, str]:
+    """`entries`: the classes that the genome's numbers stand for, since they are part of the answer."""
     from star.model import build_model
 
     narrow, wide = (

@@ -132,12 +132,11 @@ class ProxySettings:
         The settings of `ADDED_SETTINGS` are in it only where they differ from their defaults: what was
         recorded before there were any equals what is recorded now, in checkpoints, runs and tables.
         """
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        values = dataclasses.asdict(self)
+        missing = object()
         return {
             name: value
-            for name, value in values.items()
-            if name not in ADDED_SETTINGS or value != defaults[name]
+            for name, value in dataclasses.asdict(self).items()
+            if ADDED_SETTINGS.get(name, missing) != value
         }
 
     @classmethod
@@ -149,9 +148,12 @@ class ProxySettings:
         return cls(**data)
 
 
-ADDED_SETTINGS = frozenset(
-    ("schedule", "parametrization", "base_width", "average_evaluations", "extrapolate_to")
-)
+ADDED_SETTINGS: Mapping[str, Any] = {
+    field.name: field.default
+    for field in dataclasses.fields(ProxySettings)
+    if field.name in ("schedule", "parametrization", "base_width", "average_evaluations", "extrapolate_to")
+}
+"""Settings that there were not from the beginning, and their defaults: what a record without them means."""
 
 
 class CurvePoint(NamedTuple):

@@ -23,7 +23,7 @@ from star import parametrization, weights
 from star.data import Corpus
 from star.extrapolation import evaluation_steps, quality_of
 from star.optimizer import AdamW, learning_rate
-from star.proxy import CurvePoint, Outcome, Progress, ProxySettings
+from star.proxy import ADDED_SETTINGS, CurvePoint, Outcome, Progress, ProxySettings
 from star_kernels import linear_cross_entropy
 
 __all__ = [
@@ -309,10 +309,12 @@ class Training:
         saved, own = about["training"], self._identity()
         if saved["corpus"] != own["corpus"]:
             raise ValueError(f"{where}: was trained on another text, tokenizer or split")
-        for name in {**own["settings"], **saved["settings"]}:
-            there, wanted = saved["settings"].get(name), own["settings"].get(name)
-            if there != wanted:
-                raise ValueError(f"{where}: has {name} {there!r}, the settings {wanted!r}")
+        there, wanted = ({**ADDED_SETTINGS, **part["settings"]} for part in (saved, own))
+        for name in {**wanted, **there}:
+            if there.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"{where}: has {name} {there.get(name)!r}, the settings {wanted.get(name)!r}"
+                )
         target = {f"model.{name}": tensor for name, tensor in weights.unique_tensors(self.model).items()}
         target |= {f"first.{name}": tensor for name, tensor in self.optimizer.first.items()}
         target |= {f"second.{name}": tensor for name, tensor in self.optimizer.second.items()}

@@ -231,6 +231,8 @@ def _identity(
 
 
 def _require_same(directory: Path, recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    from star.proxy import ADDED_SETTINGS
+
     for section, value in wanted.items():
         there = recorded.get(section)
         if section in ("data",) or there == value:  # the corpus's key decides, not where it came from
@@ -240,6 +242,8 @@ def _require_same(directory: Path, recorded: Mapping[str, Any], wanted: Mapping[
                 continue
             raise ValueError(f"{directory} holds a training on another text, tokenizer or split")
         if isinstance(value, dict) and isinstance(there, dict):
+            if section == "settings":
+                value, there = {**ADDED_SETTINGS, **value}, {**ADDED_SETTINGS, **there}
             name = next(name for name in {**value, **there} if there.get(name) != value.get(name))
             raise ValueError(
                 f"{directory} holds a training with {name} {there.get(name)!r}, not {value.get(name)!r}: "
