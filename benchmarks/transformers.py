@@ -75,7 +75,7 @@ QUICK = Setting(length=24, tokens=3, seconds=0.05, large=False)
 class Row:
     """One model: median seconds by task and form, and how far apart the logits are, by their norm.
 
-    `took`: seconds of the whole measurement.
+    `took`: seconds of measuring it.
     """
 
     model: str
@@ -94,25 +94,42 @@ class Row:
         return self.seconds[task][WITHOUT] / self.seconds[task][LIMIT]
 
 
-def measure(hybrid: HybridModel, setting: Setting) -> Row:
-    """All tasks of one model, its two forms in turns."""
-    began = time.perf_counter()
-    model = hybrid.build(**(hybrid.large() if setting.large else {}))
+def measure(hybrid: HybridModel, setting: Setting, records: Records) -> Row:
+    """All tasks of one model that are not recorded yet, its two forms in turns."""
+    missing = [task for task in ("logits", *TASKS) if (hybrid.module, task) not in records.parts]
+    if missing:
+        model = hybrid.build(**(hybrid.large() if setting.large else {}))
+        with _torch_forms(hybrid):
+            for task in missing:
+                began = time.perf_counter()
+                values = _measured(task, model, setting)
+                records.add(hybrid.module, task, {**values, "took": time.perf_counter() - began})
+    parts = {task: records.parts[hybrid.module, task] for task in ("logits", *TASKS)}
+    return Row(
+        hybrid.module,
+        hybrid.layer,
+        int(parts["logits"]["parameters"]),
+        {task: parts[task] for task in TASKS},
+        parts["logits"]["difference"],
+        sum(part["took"] for part in parts.values()),
+    )
+
+
+def _measured(task: str, model: torch.nn.Module, setting: Setting) -> dict[str, float]:
+    """Seconds by form; of "logits", what `Row` has besides."""
     vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, vocabulary, (1, setting.length), generator=generator)
-    decode = _Decode(model, ids, setting.tokens)
-    with _torch_forms(hybrid):
-        logits = {form: _in_form(form, lambda: _forward(model, ids)) for form in (WITHOUT, WITH)}
-        seconds = {
-            "forward": _in_turns(setting, lambda: lambda: _forward(model, ids)),
-            "forward + backward": _in_turns(setting, lambda: lambda: _train(model, ids)),
-            "decode": _in_turns(setting, decode.sample, {LIMIT: decode.weights()}),
-        }
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if task == "forward":
+        return _in_turns(setting, lambda: lambda: _forward(model, ids))
+    if task == "forward + backward":
+        return _in_turns(setting, lambda: lambda: _train(model, ids))
+    if task == "decode":
+        decode = _Decode(model, ids, setting.tokens)
+        return _in_turns(setting, decode.sample, {LIMIT: decode.weights()})
+    logits = {form: _in_form(form, lambda: _forward(model, ids)) for form in (WITHOUT, WITH)}
     difference = float((logits[WITH] - logits[WITHOUT]).norm() / logits[WITHOUT].norm())
-    took = time.perf_counter() - began
-    return Row(hybrid.module, hybrid.layer, parameters, seconds, difference, took)
+    return {"parameters": sum(p.numel() for p in model.parameters()), "difference": difference}
 
 
 @contextlib.contextmanager
@@ -253,30 +270,33 @@ def _in_turns(
 
 
 class Records:
-    """The rows that are measured, in a file beside the table until it is written: a stop loses one row.
+    """What is measured, in a file beside the table until that is written: a stop loses one task of one model.
 
     Args:
         table: the file that the table will be.
-        setting, threads: rows that were measured by others, or by other versions, are not taken up.
+        setting, threads: what was measured by others, or by other versions, is not taken up.
+
+    Attributes:
+        parts: by model and task, its numbers.
     """
 
     def __init__(self, table: Path, setting: Setting, threads: int) -> None:
         self._path = table.with_suffix(".partial.jsonl")
         versions = [torch.__version__, importlib.import_module("transformers").__version__, _processor()]
         self._conditions = [asdict(setting), threads, *versions]
-        self.rows: dict[str, Row] = {}
+        self.parts: dict[tuple[str, str], dict[str, float]] = {}
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         for line in lines:
             with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut off
-                conditions, row = json.loads(line)
+                conditions, model, task, numbers = json.loads(line)
                 if conditions == self._conditions:
-                    self.rows[row["model"]] = Row(**row)
+                    self.parts[model, task] = numbers
 
-    def add(self, row: Row) -> None:
-        self.rows[row.model] = row
+    def add(self, model: str, task: str, numbers: dict[str, float]) -> None:
+        self.parts[model, task] = numbers
         with open(self._path, "a") as file:
             # A line of its own, whatever a kill has left before it.
-            file.write("\n" + json.dumps([self._conditions, asdict(row)]) + "\n")
+            file.write("\n" + json.dumps([self._conditions, model, task, numbers]) + "\n")
 
     def done(self) -> None:
         self._path.unlink(missing_ok=True)
@@ -353,20 +373,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = [model for model in MODELS if not names or model.module in names]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     records = Records(options.out, setting, options.threads)
+    rows = []
     with threads_set(options.threads):
         for number, model in enumerate(wanted, start=1):
-            if model.module not in records.rows:
-                print(f"{number}/{len(wanted)} {model}: measuring", end="\r", file=sys.stderr, flush=True)
-                records.add(measure(model, setting))
-                gc.collect()
-            row = records.rows[model.module]
+            print(f"{number}/{len(wanted)} {model}: measuring", end="\r", file=sys.stderr, flush=True)
+            rows.append(row := measure(model, setting, records))
+            gc.collect()
             ratios = ", ".join(f"{task} {row.ratio(task):.1f}x" for task in TASKS)
             print(
                 f"{number}/{len(wanted)} {model}: {ratios}, of at most {row.most('decode'):.1f}x", flush=True
             )
     if options.rows_only:
         return 0
-    rows = [records.rows[model.module] for model in wanted]
     options.out.write_text(document(rows, setting, options.threads))
     records.done()
     return 0

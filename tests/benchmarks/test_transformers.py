@@ -45,9 +45,10 @@ def test_a_stopped_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str
     options = ["--quick", "--threads", "1", "--out", str(out)]
     assert benchmark.main([*options, "--models", "lfm2", "--rows-only"]) == 0
     kept = tmp_path / "transformers.partial.jsonl"
-    (record,) = kept.read_text().split("\n")[1:-1]
-    # A row that a kill cut off is measured again, one that is there is not.
-    kept.write_text(re.sub(r'("parameters": )\d+', r"\g<1>7000000", record) + "\n" + record[:40])
+    about, *tasks = (line for line in kept.read_text().split("\n") if line)
+    # What a kill cut off is measured again, what is there is not.
+    changed = re.sub(r'("parameters": )\d+', r"\g<1>7000000", about)
+    kept.write_text("\n".join([changed, *tasks[:-1], tasks[-1][:40]]))
     assert benchmark.main([*options, "--models", "lfm2,mamba"]) == 0
     table = out.read_text()
     assert "| lfm2 | `Lfm2ShortConv` | 7.0 M |" in table
