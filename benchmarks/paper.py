@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Collection
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -37,6 +37,7 @@ from star.search import RunError, RunStore, SearchSettings, preset, resume, sear
 from star.search.corpus import CorpusRecord, open_corpus_of
 from star.search.errors import SearchInterrupted
 from star.search.events import CandidateFinished, Event, GenerationFinished, WorkerLost
+from star.search.gpus import place, visible_gpus
 from star.targets import model_config
 
 RESULTS = Path(__file__).parent / "results" / "paper.md"
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not chosen.report_only:
             plan = plan_of(chosen)
             folder.begin(plan)
-            carry_out(folder, plan, chosen.workers or plan.search.worker_count(), _tell)
+            carry_out(folder, plan, Workers(chosen.workers, chosen.workers_per_gpu), _tell)
         print(write_report(folder, chosen.result, chosen.data))
     except (KeyboardInterrupt, SearchInterrupted):
         print("stopped; the same command goes on with it", file=sys.stderr)
@@ -64,15 +65,24 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def carry_out(folder: Folder, plan: Plan, workers: int, tell: Tell) -> None:
+@dataclass(frozen=True)
+class Workers:
+    """How many processes, as `SearchSettings` has it; may change between two sessions."""
+
+    workers: int | None = None
+    workers_per_gpu: int | None = None
+
+
+def carry_out(folder: Folder, plan: Plan, workers: Workers, tell: Tell) -> None:
     """Everything that is not done yet: the device's table, then each search and its longer trainings, and the
     drifts after the first of them."""
+    placement = place(replace(plan.search, **vars(workers)), visible_gpus)
     table = device_table(folder, plan, tell)
     corpus = open_corpus_of(plan.search)
-    with closing(engine_of(folder, plan, corpus, workers)) as engine:
+    with closing(engine_of(folder, plan, corpus, placement)) as engine:
         for name in SEARCHES:
             run_search(folder, plan, name, table, workers, tell)
-            simulate_drifts(folder, plan, workers, tell)
+            simulate_drifts(folder, plan, replace(plan.search, workers=workers.workers).worker_count(), tell)
             genomes = [*layouts(plan.search.depth).values(), *chosen_of(folder, plan, name)]
             retrain(folder, plan, genomes, corpus, engine, tell)
 
@@ -89,7 +99,9 @@ def device_table(folder: Folder, plan: Plan, tell: Tell) -> ProfileTable:
     return table
 
 
-def run_search(folder: Folder, plan: Plan, name: str, table: ProfileTable, workers: int, tell: Tell) -> None:
+def run_search(
+    folder: Folder, plan: Plan, name: str, table: ProfileTable, workers: Workers, tell: Tell
+) -> None:
     """One of the searches, or the rest of it."""
     directory = folder.run(name)
 
@@ -107,13 +119,13 @@ def run_search(folder: Folder, plan: Plan, name: str, table: ProfileTable, worke
 
     whole = _whole_by_processor_time if plan.cpu_time else measure_in_process
     if not RunStore.begun(directory / "run.db"):
-        settings = replace(plan.settings_of(name), workers=workers)
+        settings = replace(plan.settings_of(name), **vars(workers))
         search(settings, directory, find_table=find_table, measure_whole=whole, on_event=listen)
         return
     with RunStore.open(directory) as store:
         finished = bool(store.events("finished"))
     if not finished:
-        resume(directory, workers=workers, measure_whole=whole, on_event=listen)
+        resume(directory, **vars(workers), measure_whole=whole, on_event=listen)
 
 
 def _whole_by_processor_time(genome: Genome, table: ProfileTable) -> dict[str, float]:
@@ -128,11 +140,11 @@ def chosen_of(folder: Folder, plan: Plan, name: str) -> list[str]:
     return [evaluation.key for evaluation in chosen]
 
 
-def simulate_drifts(folder: Folder, plan: Plan, workers: int, tell: Tell) -> None:
+def simulate_drifts(folder: Folder, plan: Plan, processes: int, tell: Tell) -> None:
     """The drifts that are not recorded yet."""
     there = {line.get("number") for line in read_lines(folder.drift_file)}
     missing = [number for number in range(plan.drifts) if number not in there]
-    for number, statistics in many_drifts(plan.search, missing, workers):
+    for number, statistics in many_drifts(plan.search, missing, processes):
         append_line(folder.drift_file, {"number": number, "statistics": statistics})
         if (number + 1) % 100 == 0:
             tell(f"drift {number + 1} of {plan.drifts}")
@@ -242,7 +254,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--target-width", type=int, help="of the models that the device is measured with")
     parser.add_argument("--cpu-time", action="store_true", help="device table in processor seconds")
     parser.add_argument("--text", nargs="+", default=[], help="files, folders or a dataset's name")
-    parser.add_argument("--workers", type=int)
+    parser.add_argument("--workers", type=int, help="processes; one a core")
+    parser.add_argument("--workers-per-gpu", type=int, help="processes that share each GPU")
     return parser
 
 

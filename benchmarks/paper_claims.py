@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.paper_drift import Test
+from benchmarks.paper_drift import Comparison
 from benchmarks.paper_plan import SEARCHES
 from benchmarks.paper_retrain import Longer, layouts
 from benchmarks.paper_state import Found, State, sizes
@@ -26,7 +26,7 @@ _MOTIFS = {
 }
 
 
-def claims(state: State, tests: Sequence[Test]) -> list[str]:
+def claims(state: State, tests: Sequence[Comparison]) -> list[str]:
     """A table of claims; what is not known yet says so."""
     found = {item.name: item for item in state.finished}
     rows = [
@@ -149,11 +149,11 @@ def _layout(state: State, name: str) -> Longer:
 # ---- favoured structures -------------------------------------------------------------------------------
 
 
-def _significant(tests: Sequence[Test]) -> list[Test]:
+def _significant(tests: Sequence[Comparison]) -> list[Comparison]:
     return [test for test in tests if test.adjusted < SIGNIFICANT]
 
 
-def _classes(tests: Sequence[Test]) -> str:
+def _classes(tests: Sequence[Comparison]) -> str:
     if not tests:
         return "not simulated"
     prefix = "LIVs of class "
@@ -168,7 +168,7 @@ def _classes(tests: Sequence[Test]) -> str:
     return "; ".join(parts)
 
 
-def _motif(tests: Sequence[Test], name: str) -> str:
+def _motif(tests: Sequence[Comparison], name: str) -> str:
     parts = [
         f"{' + '.join(SEARCHES[test.search])}: {test.observed:.3f} against {test.expected:.3f} by drift "
         f"(p = {_p(test.adjusted)})"
@@ -178,7 +178,7 @@ def _motif(tests: Sequence[Test], name: str) -> str:
     return "; ".join(parts) or "not simulated"
 
 
-def favoured(state: State, tests: Sequence[Test]) -> list[str]:
+def favoured(state: State, tests: Sequence[Comparison]) -> list[str]:
     """What the final populations have more or less of than drift leaves."""
     if not tests:
         return ["Not simulated, or no search has finished."]

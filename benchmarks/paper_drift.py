@@ -25,7 +25,7 @@ from star.search.settings import SearchSettings
 from star.search.variation import different_genomes, mutate, recombine
 from star.sharing import LivPlan, resolve
 
-__all__ = ["Test", "adjusted", "drift", "many_drifts", "statistics_of", "two_sided"]
+__all__ = ["Comparison", "adjusted", "compare", "drift", "many_drifts", "statistics_of", "two_sided"]
 
 DIFFERENTIAL_SHORT_CONVOLUTION = 16
 """GConv-1-Diff: the paper names two of them joined by a featurizer as a motif that is favoured."""
@@ -117,7 +117,7 @@ def _one(job: tuple[Mapping[str, object], int]) -> tuple[int, dict[str, float | 
 
 
 @dataclass(frozen=True)
-class Test:
+class Comparison:
     """A statistic of one search's final population against the drifts.
 
     Attributes:
@@ -133,8 +133,6 @@ class Test:
     expected: float
     p: float
     adjusted: float = 1.0
-
-    __test__ = False  # not pytest's
 
 
 def two_sided(observed: float, drifts: Sequence[float]) -> float:
@@ -157,22 +155,24 @@ def adjusted(p_values: Sequence[float]) -> list[float]:
     return result
 
 
-def tests_of(
+def compare(
     populations: Mapping[str, Sequence[Genome]], drifts: Sequence[Mapping[str, float | None]]
-) -> list[Test]:
+) -> list[Comparison]:
     """Every statistic of every search's final population, in their order.
 
     Args:
         populations: by the search's name.
         drifts: `statistics_of` each drift's final population; not empty.
     """
-    found: list[Test] = []
+    found: list[Comparison] = []
     for search, population in populations.items():
         for name, observed in statistics_of(population).items():
             values = [value for item in drifts if (value := item.get(name)) is not None]
             if observed is None or not values:
                 continue
             p = two_sided(observed, values)
-            found.append(Test(search, name, observed, float(np.mean(values)), p))
+            found.append(Comparison(search, name, observed, float(np.mean(values)), p))
     corrected = adjusted([test.p for test in found])
-    return [Test(**{**vars(test), "adjusted": value}) for test, value in zip(found, corrected, strict=True)]
+    return [
+        Comparison(**{**vars(test), "adjusted": value}) for test, value in zip(found, corrected, strict=True)
+    ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paper_claims import claims, favoured
-from benchmarks.paper_drift import Test
+from benchmarks.paper_drift import Comparison
 from benchmarks.paper_plan import SEARCHES, Folder
 from benchmarks.paper_retrain import layouts
 from benchmarks.paper_state import State, all_genomes, read_state, sizes
@@ -42,7 +42,7 @@ def write_report(folder: Folder, result: Path, data: Path) -> str:
 # ---- the table -----------------------------------------------------------------------------------------
 
 
-def markdown(state: State, tests: Sequence[Test]) -> str:
+def markdown(state: State, tests: Sequence[Comparison]) -> str:
     """The whole page."""
     parts = [
         ["# The paper's experiment at this scale", "", *_circumstances(state)],
@@ -187,7 +187,7 @@ def _row(cells: Sequence[str]) -> str:
 # ---- the numbers ---------------------------------------------------------------------------------------
 
 
-def numbers(state: State, tests: Sequence[Test]) -> dict[str, Any]:
+def numbers(state: State, tests: Sequence[Comparison]) -> dict[str, Any]:
     """What the page was made from, as plain JSON."""
     return {
         "plan": state.plan.to_json(),

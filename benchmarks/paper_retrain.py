@@ -15,6 +15,7 @@ from star.genome import Genome
 from star.search.corpus import CorpusRecord
 from star.search.evaluate import evaluate as evaluate_candidate
 from star.search.front import candidates
+from star.search.gpus import Placement
 from star.search.layouts import BASELINES
 from star.search.objectives import objective_vector
 from star.search.ranking import fronts
@@ -76,13 +77,20 @@ def evaluate(
     return evaluate_candidate(genome_text, given, candidate_id, weights_path)
 
 
-def engine_of(folder: Folder, plan: Plan, corpus: CorpusRecord, workers: int) -> Engine:
+def engine_of(folder: Folder, plan: Plan, corpus: CorpusRecord, placement: Placement) -> Engine:
     """Workers for `retrain`; they start when they are first needed, and stay."""
     settings = plan.longer_settings()
     given = {**settings.to_json(), "corpus": asdict(corpus), "seeds": plan.seeds}
     given["model"] = {**given["model"], "vocab_size": corpus.vocab_size}
     threads = settings.proxy.threads or 1
-    return LocalEngine(EVALUATOR, given, directory=folder.path, workers=workers, threads=threads)
+    return LocalEngine(
+        EVALUATOR,
+        given,
+        directory=folder.path,
+        workers=placement.workers,
+        threads=threads,
+        gpus=placement.gpus,
+    )
 
 
 def retrain(

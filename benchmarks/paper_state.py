@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.paper_drift import Test, tests_of
+from benchmarks.paper_drift import Comparison, compare
 from benchmarks.paper_plan import SEARCHES, Folder, Plan, read_lines
 from benchmarks.paper_retrain import Longer, best, layouts, read_longer, read_retrained
 from star import cost
@@ -70,12 +70,12 @@ class State:
     def finished(self) -> list[Found]:
         return [item for item in self.searches if item.finished]
 
-    def tests(self) -> list[Test]:
+    def tests(self) -> list[Comparison]:
         """The final populations against the drifts."""
         populations = {
             item.name: [Genome.parse(key) for key in item.populations[-1]] for item in self.finished
         }
-        return tests_of(populations, self.drifts) if self.drifts and populations else []
+        return compare(populations, self.drifts) if self.drifts and populations else []
 
 
 def read_state(folder: Folder) -> State:
