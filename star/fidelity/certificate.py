@@ -9,7 +9,7 @@ Quality is bits per byte throughout, so less is better.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
@@ -162,6 +162,7 @@ def certify(
     evaluations: Sequence[Evaluation],
     settings: FidelitySettings,
     search: SearchSettings,
+    rounds: int = 2000,
 ) -> Certificate:
     """The certificate of a run.
 
@@ -171,6 +172,7 @@ def certify(
         evaluations: of the run.
         settings: of the certificate.
         search: of the run.
+        rounds: draws of each bootstrap and of the front's probabilities.
 
     Raises:
         ValueError: a genome of the sample that has no trainings.
@@ -187,12 +189,12 @@ def certify(
         steps=search.proxy.steps,
         evaluations=len(evaluations),
         seconds=math.fsum(done.seconds for member in sample for done in trainings[member.evaluation.key]),
-        tau=_interval(kendall_tau, proxy, means),
-        tau_better_half=_interval(kendall_tau, proxy[better], means[better]),
-        parameter_count=_interval(kendall_tau, -sizes, means),
-        gain=_interval(_gain, proxy, sizes, means),
+        tau=_interval(kendall_tau, rounds, proxy, means),
+        tau_better_half=_interval(kendall_tau, rounds, proxy[better], means[better]),
+        parameter_count=_interval(kendall_tau, rounds, -sizes, means),
+        gain=_interval(_gain, rounds, proxy, sizes, means),
         noise=noise,
-        front=_front_members(ranked, noise, evaluations, search),
+        front=_front_members(members, noise, evaluations, search, rounds),
         candidates=members,
     )
 
@@ -213,11 +215,10 @@ def _candidate(member: Member, trainings: Mapping[str, Sequence[Retraining]]) ->
     )
 
 
-def _interval(statistic: object, *columns: Values) -> Interval:
-    assert callable(statistic)
+def _interval(statistic: Callable[..., float], rounds: int, *columns: Values) -> Interval:
     if len(columns[0]) == 0:
         return Interval(math.nan, math.nan, math.nan)
-    return Interval(float(statistic(*columns)), *bootstrap_interval(statistic, *columns))
+    return Interval(statistic(*columns), *bootstrap_interval(statistic, *columns, rounds=rounds))
 
 
 def _gain(proxy: Values, sizes: Values, means: Values) -> float:
@@ -259,16 +260,22 @@ def _tau_of_seed(table: Values, seed: int) -> float:
 
 
 def _front_members(
-    ranked: Sequence[Candidate],
+    members: Sequence[Candidate],
     noise: SeedNoise,
     evaluations: Sequence[Evaluation],
     search: SearchSettings,
+    rounds: int,
 ) -> tuple[FrontMember, ...]:
-    """Every member of the front that a probability is known of; none where seeds say nothing of noise."""
+    """Every member of the front that a probability is known of; none where seeds say nothing of noise.
+
+    Candidates whose longer trainings all failed are no members and nobody's rivals.
+    """
     if "quality" not in search.objectives or math.isnan(noise.deviation):
         return ()
     within = judged(evaluations, search.budgets)
-    rivals = candidates(within)
+    ranked = [item for item in members if item.mean is not None]
+    fallen = {item.id for item in members if item.mean is None}
+    rivals = [item for item in candidates(within) if item.id not in fallen]
     others = [name for name in search.objectives if name != "quality"]
     exact = np.array([objective_vector(item.objectives, others) for item in rivals])
     exact = exact.reshape(len(rivals), len(others))
@@ -280,19 +287,19 @@ def _front_members(
         means[place] = math.nan if item.mean is None else item.mean
         errors[place] = noise.deviation / math.sqrt(len(item.known))
     among_retrained = np.full(len(rivals), math.nan)
-    among_retrained[places] = probability_non_dominated(means[places], errors[places], exact[places])
+    among_retrained[places] = probability_non_dominated(means[places], errors[places], exact[places], rounds)
     among_all = np.full(len(rivals), math.nan)
     line = _predict(ranked, noise, np.array([item.objectives["quality"] for item in rivals]))
     if line is not None:
         unknown = np.isnan(means)
         means[unknown], errors[unknown] = line[0][unknown], line[1]
-        among_all = probability_non_dominated(means, errors, exact)
+        among_all = probability_non_dominated(means, errors, exact, rounds)
     chances = {
         item.id: FrontMember(item.id, float(one), float(other))
         for item, one, other in zip(rivals, among_retrained, among_all, strict=True)
     }
-    members = [chances[item.id] for item in front(within, search.objectives)]
-    return tuple(item for item in members if not all(map(math.isnan, item[1:])))
+    best = (chances[item.id] for item in front(within, search.objectives) if item.id not in fallen)
+    return tuple(member for member in best if not all(map(math.isnan, member[1:])))
 
 
 def _predict(ranked: Sequence[Candidate], noise: SeedNoise, proxies: Values) -> tuple[Values, float] | None:

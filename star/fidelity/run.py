@@ -6,6 +6,7 @@ There is no saved state beside the record of trainings: killed at any instant, t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from star.search.errors import RunDamaged, RunError
 from star.search.events import Event as SearchEvent
 from star.search.events import Listener, WorkerLost
 from star.search.front import candidates
+from star.search.gpus import Placement, place, visible_gpus
 from star.search.results import failure
 from star.search.settings import SearchSettings
 from star.search.store import Evaluation, RunStore
@@ -69,6 +71,15 @@ class _Job:
     member: Member
     training: ProxySettings
 
+    @property
+    def candidate(self) -> int:
+        """Its id in the run."""
+        return self.member.evaluation.id
+
+    @property
+    def genome(self) -> str:
+        return self.member.evaluation.key
+
 
 def make_certificate(
     directory: Path | str,
@@ -106,20 +117,22 @@ def make_certificate(
         run.check()
         with RunStore.open(run.database) as store:
             search, facts, evaluations = store.settings(), store.facts(), store.evaluations()
+        key = str(facts["data"].get("key") if isinstance(facts.get("data"), dict) else None)
         sample = _sample(run, evaluations, search, settings.sample)
-        key = facts["data"].get("key") if isinstance(facts.get("data"), dict) else None
-        record = TrainingRecord(run.path, search, str(key))
         trainings = settings.trainings(search.proxy)
-        if workers is not None:
-            search = replace(search, workers=workers)
-        jobs = [
-            _Job(place * len(trainings) + turn, member, training)
-            for turn, training in enumerate(trainings)
-            for place, member in enumerate(sample)
-        ]
-        _train(jobs, record, search, str(key), run, evaluator, open_corpus, on_event)
-        done = {member.evaluation.key: _found(record, member, trainings) for member in sample}
-        certificate = certify(sample, done, evaluations, settings, search)
+        record = TrainingRecord(run.path, search, key)
+        jobs = _jobs(sample, trainings)
+        missing = {job.id: job for job in jobs if record.find(job.genome, job.training) is None}
+        search = _here(search, workers)
+        placement = place(search, visible_gpus)
+        corpus = _own_corpus(open_corpus, search, key) if missing else None
+        on_event(_started(jobs, missing, search, placement))
+        if corpus is not None:
+            given = _worker_settings(search, trainings, corpus)
+            with closing(_engine(run, evaluator, given, search, placement, missing, on_event)) as engine:
+                _retrain(engine, missing, record, len(jobs), on_event)
+        done_of = {item.evaluation.key: _found(record, item, trainings) for item in sample}
+        certificate = certify(sample, done_of, evaluations, settings, search)
         write_certificate(certificate, run.path)
     return certificate
 
@@ -139,46 +152,36 @@ def _sample(
     return stratified_sample(evaluations, search, count)
 
 
-def _train(
-    jobs: Sequence[_Job],
-    record: TrainingRecord,
-    search: SearchSettings,
-    key: str,
-    run: RunDirectory,
-    evaluator: str,
-    open_corpus: Callable[[SearchSettings], CorpusRecord],
-    on_event: Callable[[Event], None],
-) -> None:
-    """Do and record what the record lacks."""
-    missing = {job.id: job for job in jobs if record.find(job.member.evaluation.key, job.training) is None}
-    finished = len(jobs) - len(missing)
-    corpus = _own_corpus(open_corpus, search, key) if missing else None
+def _here(search: SearchSettings, workers: int | None) -> SearchSettings:
+    """The search with the workers that this machine is to have: those asked for, or its own if it had any
+    here."""
+    if workers is not None:
+        return replace(search, engine="local", workers=workers, workers_per_gpu=None)
+    if search.engine != "local":
+        return replace(search, engine="local", workers=None, workers_per_gpu=None)
+    return search
+
+
+def _jobs(sample: Sequence[Member], trainings: Sequence[ProxySettings]) -> list[_Job]:
+    """Seed by seed, so that what is stopped half way has compared all candidates with fewer seeds."""
+    return [
+        _Job(number * len(trainings) + turn, member, training)
+        for turn, training in enumerate(trainings)
+        for number, member in enumerate(sample)
+    ]
+
+
+def _started(
+    jobs: Sequence[_Job], missing: Mapping[int, _Job], search: SearchSettings, placement: Placement
+) -> RetrainingStarted:
     longer = jobs[0].training.steps / search.proxy.steps
-    seconds = sum(job.member.evaluation.seconds * longer for job in missing.values())
-    sampled = len({job.member.evaluation.id for job in jobs})
-    on_event(RetrainingStarted(len(jobs), finished, sampled, search.worker_count(), seconds))
-    if corpus is None:
-        return
-    engine = LocalEngine(
-        evaluator,
-        _worker_settings(search, jobs, corpus),
-        directory=run.path,
-        workers=min(search.worker_count(), len(missing)),
-        threads=search.proxy.threads or 1,
-        listener=_losses(missing, on_event),
+    return RetrainingStarted(
+        planned=len(jobs),
+        stored=len(jobs) - len(missing),
+        candidates=len({job.candidate for job in jobs}),
+        workers=placement.workers,
+        seconds=sum(job.member.evaluation.seconds * longer for job in missing.values()),
     )
-    tasks = [Task(job.id, job.member.evaluation.key, None) for job in missing.values()]
-    try:
-        for id, result in engine.evaluate(tasks):
-            job = missing[id]
-            done = _retraining(job, result)
-            record.append(done)
-            finished += 1
-            on_event(
-                RetrainingFinished(job.member.evaluation.id, job.training.seed, done, finished, len(jobs))
-            )
-    finally:
-        engine.close()
 
 
 def _own_corpus(
@@ -194,11 +197,53 @@ def _own_corpus(
     return corpus
 
 
-def _worker_settings(search: SearchSettings, jobs: Sequence[_Job], corpus: CorpusRecord) -> dict[str, Any]:
-    """A search for quality alone, by the longer training."""
-    longer = replace(search, objectives=("quality",), budgets={}, profile=None, proxy=jobs[0].training)
-    seeds = list(dict.fromkeys(job.training.seed for job in jobs))
+def _worker_settings(
+    search: SearchSettings, trainings: Sequence[ProxySettings], corpus: CorpusRecord
+) -> dict[str, Any]:
+    """A search for quality alone, by the longer trainings."""
+    longer = replace(search, objectives=("quality",), budgets={}, rungs=(), profile=None, proxy=trainings[0])
+    seeds = [training.seed for training in trainings]
     return {**longer.to_json(), "corpus": asdict(corpus), "seeds": seeds}
+
+
+def _engine(
+    run: RunDirectory,
+    evaluator: str,
+    given: Mapping[str, Any],
+    search: SearchSettings,
+    placement: Placement,
+    missing: Mapping[int, _Job],
+    on_event: Callable[[Event], None],
+) -> LocalEngine:
+    """Workers as the search's; a limit of time grows with the training."""
+    times = given["proxy"]["steps"] / search.proxy.steps
+    return LocalEngine(
+        evaluator,
+        given,
+        directory=run.path,
+        workers=min(placement.workers, len(missing)),
+        threads=search.proxy.threads or 1,
+        gpus=placement.gpus,
+        timeout=None if search.timeout is None else search.timeout * times,
+        listener=_losses(missing, on_event),
+    )
+
+
+def _retrain(
+    engine: LocalEngine,
+    missing: Mapping[int, _Job],
+    record: TrainingRecord,
+    planned: int,
+    on_event: Callable[[Event], None],
+) -> None:
+    """Do what is missing, and record each training as it comes."""
+    tasks = [Task(job.id, job.genome, None) for job in missing.values()]
+    finished = planned - len(missing)
+    for id, result in engine.evaluate(tasks):
+        job, done = missing[id], _retraining(missing[id], result)
+        record.append(done)
+        finished += 1
+        on_event(RetrainingFinished(job.candidate, job.training.seed, done, finished, planned))
 
 
 def _retraining(job: _Job, result: dict[str, Any]) -> Retraining:
@@ -207,7 +252,7 @@ def _retraining(job: _Job, result: dict[str, Any]) -> Retraining:
     if result["status"] == "ok" and quality is None:
         result = failure("the training measured no quality")
     return Retraining(
-        genome=job.member.evaluation.key,
+        genome=job.genome,
         training=identity(job.training),
         status=result["status"],
         reason=result["reason"],
@@ -228,6 +273,6 @@ def _losses(jobs: Mapping[int, _Job], on_event: Callable[[Event], None]) -> List
 
     def listen(event: SearchEvent) -> None:
         if isinstance(event, WorkerLost):
-            on_event(replace(event, candidate_id=jobs[event.candidate_id].member.evaluation.id))
+            on_event(replace(event, candidate_id=jobs[event.candidate_id].candidate))
 
     return listen

@@ -20,7 +20,7 @@ from star.commands.errors import Failed, one_line
 from star.commands.search import carry_out
 
 COMMANDS = (
-    *("search", "resume", "report", "show", "train", "table", "compare"),
+    *("search", "resume", "report", "show", "train", "table", "compare", "fidelity"),
     *("generate", "export", "eval", "profile", "bench"),
 )
 GENOME = "21211-31112-21221-32112"
