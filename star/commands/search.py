@@ -70,6 +70,12 @@ def search(
     rungs: Annotated[
         str | None, _preset("Like 0.25,0.5, where who is behind is stopped.", _SEARCH, metavar="PARTS")
     ] = None,
+    rung_rivals: Annotated[
+        str | None, _preset("survivors, or front: behind whom.", _SEARCH, metavar="WHO", rare=True)
+    ] = None,
+    rung_confidence: Annotated[
+        float | None, _preset("That they are behind; 0.95.", _SEARCH, rare=True)
+    ] = None,
     seed: Annotated[int | None, _preset("Of every draw.", _SEARCH)] = None,
     seed_baselines: Annotated[
         bool | None,
@@ -141,6 +147,8 @@ def search(
                 "tournament": tournament,
                 "survival": survival,
                 "rungs": None if rungs is None else _parts(rungs),
+                "rung_rivals": rung_rivals,
+                "rung_confidence": rung_confidence,
                 "budgets": parse_budgets(most or (), least or ()) or None,
                 "profile": None if profile is None else read_table(profile),
                 "seed": seed,

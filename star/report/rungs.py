@@ -35,9 +35,12 @@ def rungs_section(run: RunSummary) -> Html | None:
         return None
     settings = run.settings
     parts = " and ".join(f"{100 * part:g} %" for part in settings.rungs)
+    rivals = "every survivor of the generation before"
+    if settings.rung_rivals == "front":
+        rivals = "the front of the generations before"
     lead = (
         f"At {parts} of its training a candidate is stopped if, with a confidence of "
-        f"{100 * settings.rung_confidence:g} %, it will come behind every survivor of the generation before. "
+        f"{100 * settings.rung_confidence:g} %, it will come behind {rivals}. "
         "What it will reach is foretold from its training loss by those that were trained to their end. A "
         "stopped candidate is not on the front, and its quality is that of an unfinished training."
     )

@@ -5,9 +5,15 @@ that was trained to its end, the record holds the training loss at the rung and 
 read the same text in the same order, so these losses compare without noise of sampling. A straight line
 through them foretells a new candidate's final quality, and the lower end of its one-sided prediction interval
 is the quality that the candidate may still reach. With that quality, and with the other objectives, which its
-genome tells exactly, it is put among the survivors of the generation before, sorted into fronts. If it comes
-behind the last front of these survivors, it would not survive even as the only child of its generation, and
-is stopped. A candidate over a budget is stopped at the first rung where all survivors keep theirs.
+genome tells exactly, it is put among its rivals, sorted into fronts, and is stopped if it comes behind the
+last of these. The rivals are
+
+    survivors    of the generation before: who is behind them all would not survive even as the only child of
+                 its generation, so the search goes on as it would have, for less
+    front        of everything before: who can not reach it is stopped; saves more, and populations are
+                 renewed by members of the front alone
+
+A candidate over a budget is stopped at the first rung, where all rivals keep theirs.
 
 Successive halving (arXiv 1502.07943; for several objectives, arXiv 2106.12639) compares candidates with those
 beside them, which makes its workers wait for each other, and drops a fixed share, however good. Here every
@@ -27,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from star.search.budgets import judged, over_budget
+from star.search.front import dominates, front
 from star.search.objectives import objective_vector
 from star.search.ranking import fronts
 from star.search.settings import SearchSettings
@@ -80,11 +87,11 @@ class Bars:
 
     Attributes:
         rungs: in rising order of steps.
-        survivors: objective vectors of the generation before, in the order of the search's objectives.
+        rivals: objective vectors of their last front. Who comes behind it is dominated by one of these.
     """
 
     rungs: tuple[Rung, ...]
-    survivors: tuple[tuple[float, ...], ...]
+    rivals: tuple[tuple[float, ...], ...]
 
     def verdict(
         self, curve: Sequence[Sequence[Any]], exact: Mapping[str, float], settings: SearchSettings
@@ -108,13 +115,12 @@ class Bars:
             return None
         quality = rung.optimistic(loss)
         if self.is_behind(objective_vector({**exact, "quality": quality}, settings.objectives)):
-            return f"behind all survivors {where}: {quality:.4f} bits per byte at best"
+            return f"behind the {settings.rung_rivals} {where}: {quality:.4f} bits per byte at best"
         return None
 
     def is_behind(self, vector: Sequence[float]) -> bool:
-        """Whether a vector comes behind the last front of the survivors."""
-        rank = fronts(np.array([*self.survivors, vector], dtype=np.float64))
-        return bool(np.all(rank[:-1] < rank[-1]))
+        """Whether a vector, sorted into fronts with all rivals, comes behind their last."""
+        return any(dominates(rival, vector) for rival in self.rivals)
 
     def _reached(self, curve: Sequence[Sequence[Any]]) -> Rung | None:
         """The last rung between the two last points of the curve."""
@@ -124,14 +130,14 @@ class Bars:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; `from_json` turns it back."""
-        return {"rungs": [asdict(rung) for rung in self.rungs], "survivors": [*map(list, self.survivors)]}
+        return {"rungs": [asdict(rung) for rung in self.rungs], "rivals": [*map(list, self.rivals)]}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Bars:
         """The bars that `to_json` wrote."""
         return cls(
             tuple(Rung(**rung) for rung in value["rungs"]),
-            tuple(tuple(vector) for vector in value["survivors"]),
+            tuple(tuple(vector) for vector in value["rivals"]),
         )
 
 
@@ -143,15 +149,22 @@ def bars(settings: SearchSettings, known: Mapping[str, Evaluation], survivors: S
         known: all evaluations of earlier generations.
         survivors: keys of the generation before.
     """
-    members = judged((known[key] for key in survivors), settings.budgets)
+    if not settings.rungs:
+        return None
+    if settings.rung_rivals == "front":
+        members = front(judged(known.values(), settings.budgets), settings.objectives)
+    else:
+        members = judged((known[key] for key in survivors), settings.budgets)
     # Whoever is trained to the end would survive a failed, a stopped or an over-budget one.
-    if not settings.rungs or not members or not all(member.ok for member in members):
+    if not members or not all(member.ok for member in members):
         return None
     steps = settings.proxy.steps
     fitted = (_fit(known.values(), math.ceil(part * steps), settings) for part in settings.rungs)
     rungs = tuple(rung for rung in fitted if rung is not None)
-    vectors = tuple(objective_vector(member.objectives, settings.objectives) for member in members)
-    return Bars(rungs, vectors) if rungs else None
+    vectors = [objective_vector(member.objectives, settings.objectives) for member in members]
+    rank = fronts(np.array(vectors))
+    last = tuple(vectors[index] for index in np.flatnonzero(rank == rank.max()))
+    return Bars(rungs, last) if rungs else None
 
 
 def _fit(evaluations: Iterable[Evaluation], step: int, settings: SearchSettings) -> Rung | None:

@@ -23,10 +23,11 @@ __all__ = ["ENGINES", "EXECUTION", "PRESETS", "DataSettings", "RecallSettings", 
 
 ENGINES = ("local", "ray")
 SURVIVALS = ("crowding", "hv")
+RIVALS = ("survivors", "front")
 # What may change when a run is resumed: how it is carried out, not what it finds.
 EXECUTION = ("workers", "workers_per_gpu", "timeout", "engine")
 # Recorded only where they are not the defaults, so that runs from before there were any can be resumed.
-_RECORDED_WHERE_CHOSEN = ("rungs", "rung_confidence")
+_RECORDED_WHERE_CHOSEN = ("rungs", "rung_rivals", "rung_confidence")
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,8 @@ class SearchSettings:
         references: train those layouts, outside of the population, to compare with.
         rungs: parts of a training, like (0.25, 0.5), at which candidates that can no longer survive are
             stopped (star.search.rungs); none for training all to their end.
+        rung_rivals: the "survivors" of the generation before, or the "front" of all, which they must not be
+            behind.
         rung_confidence: with which they can not, by what earlier generations have recorded.
         keep_weights: keep the trained weights of the front and of the references.
         model: sizes of the models. Its vocabulary is set from the corpus when the search begins.
@@ -157,6 +160,7 @@ class SearchSettings:
     seed_baselines: bool = False
     references: bool = True
     rungs: tuple[float, ...] = ()
+    rung_rivals: str = "survivors"
     rung_confidence: float = 0.95
     keep_weights: bool = True
     model: ModelConfig = field(default_factory=lambda: ModelConfig(width=128, head_dim=32))
@@ -211,6 +215,8 @@ class SearchSettings:
         if len(set(self.rungs)) < len(self.rungs):
             raise ValueError(f"rungs are {', '.join(map(str, self.rungs))}, take each part once")
         object.__setattr__(self, "rungs", tuple(sorted(self.rungs)))
+        if self.rung_rivals not in RIVALS:
+            raise ValueError(f"rung_rivals is {self.rung_rivals!r}, takes {' or '.join(RIVALS)}")
         _require_number("rung_confidence", self.rung_confidence, above=0.5, at_most=0.999999)
         if not self.rungs:
             return

@@ -15,8 +15,9 @@ from typing import Any
 from star.genome import Genome
 from star.search.corpus import CorpusRecord
 from star.search.results import evaluate_safely
+from star.search.rungs import Bars
 from star.search.settings import SearchSettings, preset
-from star.search.workers import Task
+from star.search.workers import Task, settings_for
 
 
 def open_corpus(settings: SearchSettings) -> CorpusRecord:
@@ -102,6 +103,61 @@ def strange(text: str, settings: dict[str, Any], candidate_id: int, weights: str
     return returned[candidate_id] if candidate_id < len(returned) else good
 
 
+STEPS = 40
+
+
+def climbing(text: str, settings: dict[str, Any], candidate_id: int, weights: str | None) -> dict[str, Any]:
+    """A training of STEPS steps, whose losses tell the final quality the better the later they are; it ends
+    where the search says so. Every seventh model fails."""
+    return _climb(text, settings, noise=0.2)
+
+
+def foreseeable(
+    text: str, settings: dict[str, Any], candidate_id: int, weights: str | None
+) -> dict[str, Any]:
+    """Likewise, and the first loss tells all."""
+    return _climb(text, settings, noise=0.0)
+
+
+def _climb(text: str, settings: dict[str, Any], noise: float) -> dict[str, Any]:
+    values = {name: value for name, value in settings.items() if name not in ("bars", "corpus")}
+    given, search = settings.get("bars"), SearchSettings.from_json(values)
+    genome = Genome.parse(text)
+    exact = measure(genome)
+    quality = exact.pop("quality")
+    rng = random.Random(genome.key)
+    if rng.random() < 1 / 7:
+        return {"status": "failed", "reason": "diverged"}
+    curve: list[tuple[int, float, float | None]] = []
+    for step in range(4, STEPS + 1, 4):
+        left = 1 - step / STEPS
+        loss = 0.8 * quality + 3.0 * left + noise * left * rng.gauss(0, 1)
+        curve.append((step, loss, quality if step == STEPS else None))
+        reason = None
+        if given is not None and step < STEPS:
+            reason = Bars.from_json(given).verdict(curve, exact, search)
+        if reason is not None:
+            objectives = {**exact, "quality": loss}
+            return {"status": "stopped", "reason": reason, "objectives": objectives, "curve": curve}
+    return {"status": "ok", "objectives": {**exact, "quality": quality}, "curve": curve}
+
+
+def gpu_of_worker(
+    text: str, settings: dict[str, Any], candidate_id: int, weights: str | None
+) -> dict[str, Any]:
+    """Its size is the number of the GPU that the worker may use."""
+    time.sleep(0.05)  # long enough for every worker to get a candidate
+    number = float(os.environ.get("CUDA_VISIBLE_DEVICES", "-1"))
+    return {"status": "ok", "objectives": {**measure(Genome.parse(text)), "size": number}}
+
+
+def hanging(text: str, settings: dict[str, Any], candidate_id: int, weights: str | None) -> dict[str, Any]:
+    """Every third candidate never comes back."""
+    while candidate_id % 3 == 1:
+        time.sleep(60)
+    return {"status": "ok", "objectives": measure(Genome.parse(text))}
+
+
 class Killed(BaseException):
     """Stands for the end of the process."""
 
@@ -115,8 +171,10 @@ class InlineEngine:
         *,
         shuffle: random.Random | None = None,
         lives: int | None = None,
+        settings: SearchSettings | None = None,
     ) -> None:
         self.evaluator, self.shuffle, self.lives = evaluator, shuffle, lives
+        self.settings = {} if settings is None else settings.to_json()
         self.evaluated: list[str] = []
 
     def evaluate(self, tasks: Sequence[Task]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -129,7 +187,8 @@ class InlineEngine:
                     raise Killed
                 self.lives -= 1
             self.evaluated.append(task.genome)
-            yield task.id, evaluate_safely(self.evaluator, task.genome, {}, task.id, None)
+            given = settings_for(task.to_json(), self.settings)
+            yield task.id, evaluate_safely(self.evaluator, task.genome, given, task.id, None)
 
     def close(self) -> None:
         """Nothing runs."""

@@ -116,6 +116,26 @@ def test_lost_tasks_are_retried_once_by_us_and_never_by_ray(stand_in: StandIn, t
     assert not stand_in.running
 
 
+def test_a_task_that_hangs_is_cancelled_and_failed(stand_in: StandIn, tmp_path: Path) -> None:
+    events: list[Event] = []
+    engine = RayEngine(
+        "synthetic:score", {}, directory=tmp_path, workers=2, timeout=0.05, listener=events.append
+    )
+    answers = dict(engine.evaluate(tasks(3, tmp_path)))
+    assert {id: answer["reason"] for id, answer in answers.items()} == dict.fromkeys(
+        range(3), "timed out: no answer after 0.05 s"
+    )
+    assert len(stand_in.cancelled) == 3
+    assert all(patience is not None and 0 <= patience <= 0.05 for patience in stand_in.patience)
+    assert [event.retried for event in events if isinstance(event, WorkerLost)] == [False] * 3
+
+
+def test_tasks_reserve_their_share_of_a_gpu(stand_in: StandIn, tmp_path: Path) -> None:
+    for sharing, share in ((None, 0), (4, 0.25)):
+        RayEngine("synthetic:score", {}, directory=tmp_path, workers=2, workers_per_gpu=sharing).close()
+        assert stand_in.options_seen["num_gpus"] == share
+
+
 def test_closing_cancels_what_runs(stand_in: StandIn, tmp_path: Path) -> None:
     engine = RayEngine("synthetic:score", {}, directory=tmp_path, workers=2)
     next(engine.evaluate(tasks(4, tmp_path)))

@@ -199,3 +199,16 @@ def test_closing_ends_workers_in_the_middle_of_a_task(engines: Engines, tmp_path
     engine.close()
     engine.close()
     assert not is_running(process)
+
+
+def test_a_candidate_that_hangs_is_killed_and_failed(engines: Engines, tmp_path: Path) -> None:
+    engine = engines("hanging")
+    engine._timeout = 0.5
+    answers = dict(engine.evaluate(tasks(6, tmp_path)))
+    assert sorted(answers) == list(range(6))
+    assert {id for id, answer in answers.items() if answer["status"] == "failed"} == {1, 4}
+    assert answers[1]["reason"] == answers[4]["reason"] == "timed out: no answer after 0.5 s"
+    lost = [event for event in engines.events if isinstance(event, WorkerLost)]
+    assert sorted(lost, key=lambda event: event.candidate_id) == [
+        WorkerLost(id, "timed out: no answer after 0.5 s", retried=False) for id in (1, 4)
+    ]
