@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from star.commands.errors import BadInput, Stopped, reported
+from star.commands.errors import BadInput, Failed, Stopped, reported
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from star.comparison.table import Row
+    from star.profile.table import ProfileTable
     from star.search.settings import SearchSettings
 
 _GENERATIONS = 4
@@ -36,6 +37,12 @@ def table(
     run: Annotated[
         Path | None, typer.Option("--run", help="Where --random trains; runs/table-FILE-SEED by default.")
     ] = None,
+    predict: Annotated[
+        bool, typer.Option("--predict", help="Add latencies and memory of every genome on this device.")
+    ] = False,
+    profile: Annotated[
+        Path | None, typer.Option("--profile", help="Of --predict: this table, of star profile --out.")
+    ] = None,
     preset: Annotated[str, typer.Option(help="Of --random: demo, laptop or paper.")] = "demo",
     seed: Annotated[int, typer.Option(min=0, help="Of --random.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Processes of --random; one a core.")] = None,
@@ -46,6 +53,7 @@ def table(
     The same command goes on with --random where Ctrl-C or a kill stopped it.
 
     [dim]star table --extend genomes.parquet runs/first runs/second[/dim]
+    [dim]star table --extend genomes.parquet --predict[/dim]
     """
     from star.commands.terminal import screen
 
@@ -60,18 +68,48 @@ def table(
         # What is wrong with the inputs should not be found out after hours of training.
         there = tables.read(extend) if extend.exists() else []
         added = [row for source in sources for row in tables.rows_of_run(_existing(source))]
+        if profile is not None and not predict:
+            raise BadInput("--profile is for --predict: the table that latencies are predicted from")
         if random is None and not sources and not extend.exists():
             raise BadInput(f"table {extend} does not exist: name runs to make it from, or --random N")
         if random is not None:
             settings = _settings(preset, random, seed, workers)
             directory = run or Path("runs", f"table-{extend.stem}-{seed}")
+        device = _device(profile, console) if predict else None
     if random is not None:
         _train(settings, directory, console)
         with reported(started=True):
             added += tables.rows_of_run(directory)
     with reported(started=random is not None):
         rows, new = tables.extend(extend, added) if added else (there, 0)
-        _conclude(console, extend, rows, new, as_json)
+        if device is not None:
+            from star.comparison.latencies import with_latencies
+
+            rows = with_latencies(rows, device)
+            tables.write(extend, rows)
+        _conclude(console, extend, rows, new, device, as_json)
+
+
+def _device(profile: Path | None, console: Console) -> ProfileTable:
+    """The table of the file, or the kept or a new one of this machine, as star profile has it."""
+    from star import pools
+    from star.commands.terminal import say
+    from star.measure.errors import MeasurementError
+    from star.measure.settings import MeasureSettings
+    from star.profile.cached import find_or_measure
+    from star.profile.table import read_table
+
+    if profile is not None:
+        return read_table(profile)
+    settings = MeasureSettings().resolved(vocab_size=256)
+    try:
+        return find_or_measure(
+            settings,
+            [entry.id for entry in pools.all_classes()],
+            tell=lambda text: say(console, f"measuring {text}", "dim"),
+        )
+    except MeasurementError as error:
+        raise Failed(str(error)) from error
 
 
 def _existing(run: Path) -> Path:
@@ -131,9 +169,11 @@ def _require_same(directory: Path, settings: SearchSettings) -> None:
         raise BadInput(f"{directory} holds a run of other settings: take another --run or --seed")
 
 
-def _conclude(console: Console, path: Path, rows: list[Row], new: int, as_json: bool) -> None:
+def _conclude(
+    console: Console, path: Path, rows: list[Row], new: int, device: ProfileTable | None, as_json: bool
+) -> None:
     from star.commands.terminal import emit, say
-    from star.comparison.table import main_conditions
+    from star.comparison.table import device_label, main_conditions
     from star.report.numbers import count
 
     objectives = sorted({name for row in rows for name in row.objectives})
@@ -144,6 +184,7 @@ def _conclude(console: Console, path: Path, rows: list[Row], new: int, as_json: 
                 "table": str(path),
                 "rows": len(rows),
                 "new": new,
+                "predicted_for": None if device is None else device_label(device),
                 "genomes": len({row.genome for row in rows}),
                 "failed": sum(not row.ok for row in rows),
                 "objectives": objectives,
@@ -158,5 +199,7 @@ def _conclude(console: Console, path: Path, rows: list[Row], new: int, as_json: 
     genomes = count(len({row.genome for row in rows}), "genome")
     sets = count(len(conditions), "set")
     say(console, f"{genomes} ({failed} failed) with {', '.join(objectives)}; {sets} of conditions")
+    if device is not None:
+        say(console, f"Latencies and memory predicted for {device.device_name}")
     if rows:
         say(console, f"Compare search algorithms on it:  star compare {path}")

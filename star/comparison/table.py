@@ -29,11 +29,12 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from star.genome import Genome, GenomeError
+from star.profile.table import ProfileTable
 from star.search.errors import RunError
 from star.search.objectives import OBJECTIVES
 from star.search.settings import SearchSettings
@@ -43,6 +44,7 @@ __all__ = [
     "Row",
     "TableDamaged",
     "conditions_of",
+    "device_label",
     "extend",
     "main_conditions",
     "read",
@@ -54,7 +56,7 @@ SUFFIXES = (".parquet", ".csv")
 FIXED = ("genome", "depth", "conditions", "seed", "device", "origin", "status", "reason", "seconds")
 TEXTS = ("curve", "settings")
 _BYTES_AT_MOST = 1 << 30
-_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_")
+_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_@")  # @ as in ttft@32768
 
 
 class TableDamaged(ValueError):
@@ -82,8 +84,13 @@ class Row:
         return self.status == "ok"
 
     @property
+    def training(self) -> tuple[str, str, int]:
+        """What decides all values but those of a device."""
+        return self.genome, self.conditions, self.seed
+
+    @property
     def identity(self) -> tuple[str, str, int, str]:
-        return self.genome, self.conditions, self.seed, self.device
+        return (*self.training, self.device)
 
 
 # ---- from runs -----------------------------------------------------------------------------------------
@@ -114,11 +121,15 @@ def rows_of_run(run: Path) -> list[Row]:
     key = str(data.get("key")) if isinstance(data, dict) else ""
     conditions = conditions_of(settings, key)
     name = hashlib.sha256(canonical_json(conditions).encode()).hexdigest()[:12]
-    table = settings.profile
-    device = "" if table is None else f"{table.device_name} {table.checksum[:12]}"
+    device = "" if settings.profile is None else device_label(settings.profile)
     return [
         _row(item, name, conditions, settings.proxy.seed, device) for item in evaluations if not item.stopped
     ]
+
+
+def device_label(table: ProfileTable) -> str:
+    """A row's `device`: whose table its latencies were predicted from."""
+    return f"{table.device_name} {table.checksum[:12]}"
 
 
 def _row(item: Evaluation, name: str, conditions: Mapping[str, Any], seed: int, device: str) -> Row:
@@ -139,7 +150,7 @@ def _row(item: Evaluation, name: str, conditions: Mapping[str, Any], seed: int, 
 
 def extend(path: Path, rows: Iterable[Row]) -> tuple[list[Row], int]:
     """Add rows to the table, which is made if it is missing. Rows that it holds already stay as they are, but
-    gain the objectives that they lack.
+    gain the objectives that they lack; a row without a device is one with those of any device.
 
     Returns:
         all rows, and how many of them are new.
@@ -149,18 +160,33 @@ def extend(path: Path, rows: Iterable[Row]) -> tuple[list[Row], int]:
         OSError: it can not be written; it is then as it was.
     """
     require_suffix(path)
-    there = {row.identity: row for row in (read(path) if path.exists() else [])}
-    before = len(there)
+    every = read(path) if path.exists() else []
+    before = len(every)
+    places: dict[tuple[str, str, int], list[int]] = {}
+    for place, row in enumerate(every):
+        places.setdefault(row.training, []).append(place)
     for row in rows:
-        old = there.get(row.identity)
-        if old is None or (row.ok and not old.ok):
-            there[row.identity] = row
-        elif row.ok and not row.objectives.keys() <= old.objectives.keys():
-            merged = {**row.objectives, **old.objectives}
-            there[row.identity] = Row(**{**vars(old), "objectives": merged})
-    every = list(there.values())
+        known = places.setdefault(row.training, [])
+        same = [place for place in known if every[place].device == row.device]
+        # Without a device on either side, the rows differ by nothing that was trained.
+        same = same or [place for place in known if "" in (row.device, every[place].device)]
+        for place in same:
+            every[place] = _merged(every[place], row)
+        if not same:
+            known.append(len(every))
+            every.append(row)
     write(path, every)
     return every, len(every) - before
+
+
+def _merged(old: Row, new: Row) -> Row:
+    """The old row with what it lacks: a device, objectives, or a training that did not fail."""
+    device = old.device or new.device
+    if new.ok and not old.ok:
+        return replace(new, device=device)
+    if not new.ok:
+        return replace(old, device=device)
+    return replace(old, device=device, objectives={**new.objectives, **old.objectives})
 
 
 def main_conditions(rows: Sequence[Row]) -> str:
@@ -239,11 +265,13 @@ def _to_plain(row: Row, columns: Sequence[str]) -> dict[str, Any]:
         "origin": row.origin,
         "status": row.status,
         "reason": row.reason,
-        "seconds": row.seconds,
+        "seconds": _finite(row.seconds),
         "curve": canonical_json(list(row.curve)),
         "settings": canonical_json(dict(row.settings)),
     }
-    objectives = {name: row.objectives.get(name) for name in columns if name not in fixed}
+    # As they are read back, so that a file does not change by being read and written.
+    measured = {name: _finite(value) for name, value in row.objectives.items()}
+    objectives = {name: measured.get(name) for name in columns if name not in fixed}
     return {name: fixed[name] if name in fixed else objectives[name] for name in columns}
 
 
