@@ -127,6 +127,9 @@ def _facts_of_run(target: Target, directory: Path) -> Facts:
     searched = ", ".join(target.settings.objectives)
     first = target.settings.objectives
     order = sorted(target.evaluation.objectives, key=lambda name: (name not in first, name))
+    if target.evaluation.stopped:  # these weights were trained further than its quality
+        when += ", stopped at a rung and trained to the end later"
+        order = [name for name in order if name != "quality"]
     return Facts(
         f"Candidate {target.evaluation.id} ({when}) of an evolutionary search for {searched}, "
         "with the weights of its proxy training.",

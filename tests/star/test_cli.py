@@ -81,6 +81,14 @@ class TestHelp:
         assert len(lines) <= SCREEN_LINES
         assert any(line.strip().startswith(f"star {name} ") for line in lines)
 
+    def test_all_options_of_search(self) -> None:
+        """Rare ones are not on the screen that --help fills, and are found all the same."""
+        short, whole = (ANSI.sub("", run("search", option).stdout) for option in ("--help", "--help-all"))
+        for rare in ("--timeout", "--measure-every", "--rung-confidence", "--tournament"):
+            assert rare not in short
+            assert rare in whole
+        assert "--help-all" in short
+
     def test_names_all_commands(self) -> None:
         result = run("--help")
         assert result.exit_code == 0
@@ -132,6 +140,13 @@ class TestWrongInput:
                 "algorithm is 'magic', takes nsga2, ga, regularised, random",
             ),
             (("search", "--length", "0"), "length is 0"),
+            (("search", "--rungs", "0.25,half"), "takes parts of a training with commas, like 0.25,0.5"),
+            (("search", "--rungs", "25"), "rungs has 25.0, takes parts of a training between 0 and 1"),
+            (("search", "--rungs", "0.5", "--objectives", "size"), "foretell the objective quality"),
+            (("search", "--timeout", "0"), "timeout is 0.0, takes a number above 0"),
+            (("search", "--workers-per-gpu", "2", "--device", "cpu"), "the device of the proxy is the CPU"),
+            (("search", "--workers-per-gpu", "2", "--workers", "2"), "both given"),
+            (("search", "--measure-every", "-1"), "measured every is -1, takes an integer from 0"),
             (("search", "--colour", "red"), "--colour"),
             (("resume", "missing"), "run directory missing does not exist"),
             (("report", "missing"), "run directory missing does not exist"),

@@ -72,6 +72,17 @@ def test_plain_lines(tmp_path: Path) -> None:
     assert len(lines) == 7
 
 
+def test_stopped_candidates_are_no_failures(tmp_path: Path) -> None:
+    *before, last = events(tmp_path)
+    reason = "behind the survivors at step 30 of 120: 3.1000 bits per byte at best"
+    stopped = evaluation(3, genomes(4)[3], 1, status="stopped", reason=reason)
+    happened = [*before, CandidateFinished(stopped, (1,), 4, 15), last]
+    assert shown(happened, terminal=False).splitlines()[6] == f"4/15 candidate 3 stopped: {reason}"
+    text = shown(happened, terminal=True)
+    assert "1 failed" in text
+    assert "1 stopped early" in text
+
+
 def test_live_picture(tmp_path: Path) -> None:
     text = shown(events(tmp_path), terminal=True)
     assert "3 of at most 15" in text

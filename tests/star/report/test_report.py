@@ -127,6 +127,44 @@ class TestPage:
         assert "mine.png" in names
 
 
+class TestRungs:
+    def test_shows_who_was_stopped_and_what_that_saved(self, tmp_path: Path) -> None:
+        proxy = replace(small_settings().proxy, steps=40, validation_batches=12)
+        settings = small_settings(rungs=(0.25, 0.5), rung_rivals="front", proxy=proxy)
+        members = genomes(8)
+        rows = [evaluation(id, genome, id // 4) for id, genome in enumerate(members)]
+        for id, step in ((5, 10), (6, 20), (7, 20)):
+            rows[id] = replace(
+                rows[id],
+                status="stopped",
+                reason=f"behind the front at step {step} of 40: 3.1 bits per byte at best",
+                curve=([step, 5.0, 5.1],),
+                seconds=0.5 * (step + 4),
+            )
+        run = read_run(record(tmp_path / "run", rows, settings=settings))
+        assert not {5, 6, 7} & {item.id for item in run.front}
+        assert run.failures == []
+        about = run.to_json()
+        assert (about["stopped"], about["failed"]) == (3, 0)
+        assert about["saved_seconds"] == pytest.approx(0.5 * (30 + 20 + 20))
+        text = write_report(run).read_text("utf-8")
+        require_harmless(text)
+        assert "stopped early" in text
+        # Beside 7 s, twice 12 s, and 5 x 1.5 s.
+        assert (
+            "3 of 8 candidates stopped at a rung, which saved about 35 s of training (48 % of 1 min 14 s)."
+        ) in text
+        assert "step 10 of 40" in text
+        assert "the front of the generations before" in text
+        assert "No candidate failed" in text
+
+    def test_says_where_nobody_was_stopped(self, tmp_path: Path, page: str) -> None:
+        rows = [evaluation(id, genome, 0) for id, genome in enumerate(genomes(3))]
+        directory = record(tmp_path / "run", rows, settings=small_settings(rungs=(0.5,)))
+        assert "No candidate was stopped at a rung" in write_report(directory).read_text("utf-8")
+        assert "Rungs" not in page
+
+
 class TestUnusualRuns:
     def test_empty(self, tmp_path: Path) -> None:
         text = write_report(record(tmp_path / "run", [])).read_text("utf-8")

@@ -88,7 +88,7 @@ def endless(text: str, settings: dict[str, Any], candidate_id: int, weights: str
 
 def strange(text: str, settings: dict[str, Any], candidate_id: int, weights: str | None) -> Any:
     """What no evaluator should return, another thing for each candidate."""
-    good = {"status": "ok", "objectives": measure(Genome.parse(text))}
+    good: dict[str, Any] = {"status": "ok", "objectives": measure(Genome.parse(text))}
     returned = [
         None,
         {"status": "maybe"},

@@ -17,6 +17,7 @@ from star.search.corpus import open_corpus_of, open_recorded
 from star.search.errors import RunError
 from star.search.evaluate import evaluate
 from star.search.events import CandidateFinished, CorpusOpened, Event
+from star.search.rungs import Bars, Rung
 from star.search.settings import DataSettings, SearchSettings
 
 
@@ -74,6 +75,32 @@ def test_divergence_is_a_failed_candidate(settings: SearchSettings, given: dict[
     assert result["status"] == "failed"
     assert result["reason"].startswith("diverged")
     assert "objectives" not in result
+
+
+def test_a_candidate_that_does_not_pass_is_stopped(
+    settings: SearchSettings, given: dict[str, Any], tmp_path: Path
+) -> None:
+    """What it has read is a shorter training of its own, where the learning rate stays as it is."""
+    text = str(baselines.lfm2(4))
+    proxy = dataclasses.replace(settings.proxy, schedule="constant", warmup_steps=1)
+    constant = {**given, "proxy": proxy.to_json()}
+    hopeless = Rung(step=2, intercept=100.0, slope=1.0, mean=5.0, scatter=1.0, count=20, margin=0.1)
+    path = tmp_path / "0.safetensors"
+    result = evaluate(text, {**constant, "bars": Bars((hopeless,), ((1.0, 0.0),)).to_json()}, 0, str(path))
+    assert result["status"] == "stopped"
+    assert result["reason"].startswith("behind the survivors at step 2 of 3: 10")
+    assert not path.exists()
+    assert [point[0] for point in result["curve"]] == [1, 2]
+    shorter = {**constant, "proxy": dataclasses.replace(proxy, steps=2).to_json()}
+    alone = evaluate(text, shorter, 0, None)
+    assert alone["status"] == "ok"
+    assert result["objectives"] == alone["objectives"]
+    assert result["curve"] == alone["curve"]
+    # Who passes is what it is without any bars.
+    passing = dataclasses.replace(hopeless, intercept=0.0)
+    passed = evaluate(text, {**constant, "bars": Bars((passing,), ((9e9, 0.0),)).to_json()}, 0, None)
+    assert passed["status"] == "ok"
+    assert {**passed, "seconds": 0} == {**evaluate(text, constant, 0, None), "seconds": 0}
 
 
 def test_recall_is_measured_where_it_is_searched(settings: SearchSettings, given: dict[str, Any]) -> None:

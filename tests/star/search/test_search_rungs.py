@@ -276,16 +276,16 @@ def test_the_order_of_answers_and_kills_decide_nothing(name: str, tmp_path: Path
 def test_workers_decide_nothing(tmp_path: Path) -> None:
     """In processes: one, then three that are interrupted and go on as two."""
     settings = rung_settings(generations=3, workers=1)
-    options = {"evaluator": "synthetic:climbing", "open_corpus": synthetic.open_corpus}
-    search(settings, tmp_path / "one", **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"evaluator": "synthetic:climbing", "open_corpus": synthetic.open_corpus}
+    search(settings, tmp_path / "one", **options)
 
     def interrupt(event: Event) -> None:
         if isinstance(event, CandidateFinished) and event.finished == 27:
             raise KeyboardInterrupt
 
     with pytest.raises(SearchInterrupted):
-        search(replace(settings, workers=3), tmp_path / "cut", on_event=interrupt, **options)  # type: ignore[arg-type]
-    resume(tmp_path / "cut", workers=2, **options)  # type: ignore[arg-type]
+        search(replace(settings, workers=3), tmp_path / "cut", on_event=interrupt, **options)
+    resume(tmp_path / "cut", workers=2, **options)
     with RunStore.open(tmp_path / "one") as one, RunStore.open(tmp_path / "cut") as cut:
         assert any(item.stopped for item in one.evaluations())
         assert one.archive() == cut.archive()

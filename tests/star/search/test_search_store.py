@@ -166,6 +166,7 @@ def read_all(path: Path) -> None:
         "UPDATE evaluations SET origin = 'elsewhere'",
         "UPDATE evaluations SET status = 'ok' WHERE id = 2",
         "UPDATE evaluations SET status = x'00'",
+        "UPDATE evaluations SET status = 'stopped' WHERE id = 0",
         "UPDATE evaluations SET id = -5 WHERE id = 2",
         "UPDATE evaluations SET generation = 'x'",
         "UPDATE evaluations SET seconds = 9e999",
