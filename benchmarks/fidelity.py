@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             train(plan, records, chosen)
         from benchmarks.fidelity_report import report
 
-        text = report(plan, records, chosen.minutes)
+        text = report(plan, records, chosen.minutes, rounds=100 if chosen.quick else 2000)
         write_csv(records.values(), chosen.table)
         chosen.report.parent.mkdir(parents=True, exist_ok=True)
         chosen.report.write_text(text, encoding="utf-8")
@@ -88,13 +88,18 @@ def _jobs(plan: Plan, only: str) -> Iterator[Job]:
 
 def _results(jobs: list[Job], records: dict[Key, Record], chosen: argparse.Namespace) -> Iterator[str]:
     """A line for every job that there is time for, in the order in which they are done."""
+    if chosen.workers == 1:
+        for only in jobs:
+            if _in_time(only, records, chosen.minutes):
+                yield run_job(only, tuple(chosen.data))
+        return
     context = multiprocessing.get_context("spawn")
     waiting: set[Future[str]] = set()
     remaining = iter(jobs)
     with ProcessPoolExecutor(chosen.workers, mp_context=context) as pool:
         while True:
             while len(waiting) < chosen.workers and (job := next(remaining, None)) is not None:
-                if job[0].name == TRUTH or proxy_seconds(records) < 60 * chosen.minutes:
+                if _in_time(job, records, chosen.minutes):
                     waiting.add(pool.submit(run_job, job, tuple(chosen.data)))
             if not waiting:
                 return
@@ -103,9 +108,10 @@ def _results(jobs: list[Job], records: dict[Key, Record], chosen: argparse.Names
                 yield future.result()
 
 
-def proxy_seconds(records: dict[Key, Record]) -> float:
-    """Processor seconds of everything but the truth."""
-    return sum(record.processor_seconds for record in records.values() if record.training != TRUTH)
+def _in_time(job: Job, records: dict[Key, Record], minutes: float) -> bool:
+    """Whether the job is of the truth, or the proxies have used less processor time than they may."""
+    spent = sum(record.processor_seconds for record in records.values() if record.training != TRUTH)
+    return job[0].name == TRUTH or spent < 60 * minutes
 
 
 def run_job(job: Job, data: tuple[str, ...]) -> str:

@@ -23,7 +23,6 @@ _BASE = ProxySettings(
     batch_size=2,
     length=128,
     learning_rate=8e-3,
-    validation_batches=16,
     threads=1,
     dtype="float32",
     device="cpu",
@@ -65,6 +64,7 @@ class Plan:
     trainings: dict[str, Training]
     choices: tuple[Choice, ...]
     transfer: tuple[str, ...]
+    rates: tuple[float, ...]
     reference: str
 
     @property
@@ -105,13 +105,9 @@ def full_plan(vocab_size: int = 256) -> Plan:
 def quick_plan(vocab_size: int = 256) -> Plan:
     """The same with six genomes of four LIVs and a few steps, for the tests."""
     config = ModelConfig(width=16, head_dim=4, vocab_size=vocab_size)
-    plan = _plan(draw_genomes(4, 6), config, 16, 2, (2, 4, 6, 8), length=16, widths=(16, 32))
-    return replace(
-        plan,
-        trainings={
-            name: replace(item, settings=replace(item.settings, validation_batches=2))
-            for name, item in plan.trainings.items()
-        },
+    genomes = draw_genomes(4, 6)
+    return _plan(
+        genomes, config, 16, 2, (2, 4, 6, 8), length=16, batches=(2, 2), widths=(16, 32), rates=(4e-3, 8e-3)
     )
 
 
@@ -122,9 +118,12 @@ def _plan(
     seeds: int,
     halves: tuple[int, int, int, int],
     length: int = 128,
+    batches: tuple[int, int] = (16, 64),
     widths: tuple[int, ...] = (32, 64, 128),
+    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
 ) -> Plan:
-    base = replace(_BASE, length=length)
+    """`batches`: held-out batches of a proxy's and of the truth's evaluations."""
+    base = replace(_BASE, length=length, validation_batches=batches[0])
     shortest, short, middle, longest = halves
     trainings: list[Training] = []
     # Not one of the truth's: a shared initialisation would flatter the proxies.
@@ -144,9 +143,9 @@ def _plan(
     add(f"cosine {middle}", cosine(middle, average_evaluations=4))
     add(f"cosine {short}", cosine(short))
     # Half the tokens a step, so twice as many batches of the same held-out windows.
-    add(f"batch 1, {middle}", cosine(middle, batch_size=1, validation_batches=32))
+    add(f"batch 1, {middle}", cosine(middle, batch_size=1, validation_batches=2 * batches[0]))
     add(f"cosine {shortest}", cosine(shortest))
-    transfer = list(_transfer(base, short, genomes[:3], config, widths, proxy_seeds))
+    transfer = list(_transfer(base, short, genomes[:3], config, widths, rates, proxy_seeds))
     trainings += transfer
     for rate in (4e-3, 1.6e-2):
         add(f"rate {rate:g}, {short}", cosine(short, learning_rate=rate))
@@ -155,7 +154,7 @@ def _plan(
         base,
         steps=steps,
         warmup_steps=steps // 10,
-        validation_batches=64,
+        validation_batches=batches[1],
         evaluate_every=steps // 10,
     )
     trainings.append(Training(TRUTH, truth, config, genomes, tuple(range(seeds))))
@@ -163,6 +162,7 @@ def _plan(
         {item.name: item for item in trainings},
         tuple(_choices(trainings, halves, constant, steps)),
         tuple(item.name for item in transfer),
+        rates,
         f"cosine {middle}",
     )
 
@@ -197,15 +197,13 @@ def _choices(
     yield Choice(f"constant, halving at {rungs} steps", "constant", constant, halving=True)
 
 
-TRANSFER_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
-
-
 def _transfer(
     base: ProxySettings,
     steps: int,
     genomes: tuple[Genome, ...],
     config: ModelConfig,
     widths: tuple[int, ...],
+    rates: tuple[float, ...],
     seeds: tuple[int, ...],
 ) -> Iterator[Training]:
     """The layouts at several widths and rates; heads keep their width. Both are the same at `base_width`."""
@@ -215,7 +213,7 @@ def _transfer(
         for kind in ("standard", "mup"):
             if width == base_width and kind == "mup":
                 continue
-            for rate in TRANSFER_RATES:
+            for rate in rates:
                 settings = replace(
                     base,
                     steps=steps,

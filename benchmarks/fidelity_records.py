@@ -160,13 +160,13 @@ def write_csv(records: Iterable[Record], path: Path) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for record in sorted(records, key=lambda item: item.key):
-            row = {name: value for name, value in asdict(record).items() if name != "curve"}
-            row |= {name: _short(row[name]) for name in ("seconds", *CLOCK)}
             points = (
                 f"{point.step}:{point.train:.6g}:{'' if point.validation is None else repr(point.validation)}"
                 for point in record.curve
             )
-            writer.writerow([{**row, "curve": " ".join(points)}[name] for name in COLUMNS])
+            row = asdict(record) | {"curve": " ".join(points)}
+            row |= {name: _short(row[name]) for name in ("seconds", *CLOCK)}
+            writer.writerow([row[name] for name in COLUMNS])
 
 
 def _short(value: float) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.fidelity_plan import TRANSFER_RATES, TRUTH, Choice, Plan, transfer_name
+from benchmarks.fidelity_plan import TRUTH, Choice, Plan, transfer_name
 from benchmarks.fidelity_records import Key, Record
 from star.cost import parameters
 from star.extrapolation import evaluation_steps, quality_of
@@ -42,11 +42,11 @@ class Rating:
         return self.tau / self.seconds if self.seconds else math.nan
 
 
-def report(plan: Plan, records: Records, minutes: float) -> str:
-    """Markdown. Says what is missing where not all has been trained."""
+def report(plan: Plan, records: Records, minutes: float, rounds: int = 2000) -> str:
+    """Markdown. Says what is missing where not all has been trained. `rounds`: of the bootstrap."""
     truth = true_quality(plan, records)
     lines = ["# Which short training predicts long ones", "", *_circumstances(plan, records, minutes), ""]
-    ratings = rate(plan, records, truth) if len(truth) > 1 else []
+    ratings = rate(plan, records, truth, rounds) if len(truth) > 1 else []
     if ratings:
         lines += [*_ratings_table(plan, ratings, records), ""]
         lines += [*_conclusion(ratings), ""]
@@ -159,7 +159,7 @@ def _evaluations(settings: ProxySettings) -> int:
 # Rank correlation
 
 
-def rate(plan: Plan, records: Records, truth: Values) -> list[Rating]:
+def rate(plan: Plan, records: Records, truth: Values, rounds: int = 2000) -> list[Rating]:
     """Parameter count alone and every choice that has been trained, in the plan's order."""
     config = plan.truth.config
     sizes = {genome: -float(parameters(Genome.parse(genome), config)) for genome in truth}
@@ -167,13 +167,13 @@ def rate(plan: Plan, records: Records, truth: Values) -> list[Rating]:
     against = proxy_quality(reference, plan, records)
     count = len(plan.truth.genomes) // 2
     mutants = frozenset(map(str, plan.truth.genomes[count:]))
-    ratings = [_rating("parameter count alone (more is better)", sizes, truth, against, 0.0, mutants)]
+    ratings = [_rating("parameter count alone (more is better)", sizes, truth, against, 0.0, mutants, rounds)]
     for choice in plan.choices:
         values = proxy_quality(choice, plan, records)
         if len(set(values) & set(truth)) > 1:
             spent = costs(choice, plan, records)
             mean = statistics.fmean(spent.values()) if spent else math.nan
-            ratings.append(_rating(choice.name, values, truth, against, mean, mutants))
+            ratings.append(_rating(choice.name, values, truth, against, mean, mutants, rounds))
     return ratings
 
 
@@ -182,7 +182,13 @@ def _tau_of(genomes: list[str], truth: Values, values: Values) -> float:
 
 
 def _rating(
-    name: str, values: Values, truth: Values, reference: Values, seconds: float, mutants: frozenset[str]
+    name: str,
+    values: Values,
+    truth: Values,
+    reference: Values,
+    seconds: float,
+    mutants: frozenset[str],
+    rounds: int,
 ) -> Rating:
     def difference(true: object, ours: object, other: object) -> float:
         return kendall_tau(true, ours) - kendall_tau(true, other)  # type: ignore[arg-type]
@@ -197,10 +203,10 @@ def _rating(
         len(both),
         seconds,
         kendall_tau(true, ours),
-        bootstrap_interval(kendall_tau, true, ours),
+        bootstrap_interval(kendall_tau, true, ours, rounds=rounds),
         _tau_of([genome for genome in both if genome in mutants], truth, values),
         difference(*columns) if compared else math.nan,
-        bootstrap_interval(difference, *columns) if compared else (math.nan, math.nan),
+        bootstrap_interval(difference, *columns, rounds=rounds) if compared else (math.nan, math.nan),
     )
 
 
@@ -331,15 +337,15 @@ def _transfer_table(plan: Plan, records: Records) -> list[str]:
         f'seed, heads of {first.config.head_dim}. The best rate of a row is bold; `parametrization="mup"` '
         f"with `base_width={base}` is to keep it where it is at width {base}.",
         "",
-        "| parametrization | width | " + " | ".join(f"{rate:g}" for rate in TRANSFER_RATES) + " |",
-        "|---|---|" + "---|" * len(TRANSFER_RATES),
+        "| parametrization | width | " + " | ".join(f"{rate:g}" for rate in plan.rates) + " |",
+        "|---|---|" + "---|" * len(plan.rates),
     ]
     for kind in ("standard", "mup"):
         for width in widths:
             shown = "both" if width == base else kind
             if width == base and kind == "mup":
                 continue
-            losses = [_mean_loss(plan, records, transfer_name(kind, width, rate)) for rate in TRANSFER_RATES]
+            losses = [_mean_loss(plan, records, transfer_name(kind, width, rate)) for rate in plan.rates]
             best = min((loss for loss in losses if loss is not None), default=None)
             cells = ["–" if v is None else f"**{v:.3f}**" if v == best else f"{v:.3f}" for v in losses]
             lines.append(f"| {shown} | {width} | " + " | ".join(cells) + " |")
