@@ -169,6 +169,11 @@ def use(backend: str | None) -> Iterator[None]:
         _in_use = before
 
 
+def in_use() -> str | None:
+    """The backend that :func:`use` has put in the place of ``backend=None``, if any."""
+    return _in_use
+
+
 def choose(operator: str, backend: str | None, tensor: Tensor) -> Callable[..., Any]:
     """The implementation of ``operator`` that answers a call whose first tensor is ``tensor``.
 

@@ -191,7 +191,6 @@ Tensor step(const OptionalTensor& b, const OptionalTensor& c, const Tensor& x, c
   check_sizes(state, "state", {batch, taps - 1, width});
   check_dtype(state, "state", x.scalar_type());
   STD_TORCH_CHECK(taps >= 1, "weight must have at least one tap");
-  STD_TORCH_CHECK(width <= 1 || taps < 2 || state.stride(2) == 1, "state's last dimension must be contiguous");
   ShortConvStep call;
   call.dtype = dtype_of(x, "x");
   call.gated = b.has_value();
@@ -217,6 +216,7 @@ Tensor step(const OptionalTensor& b, const OptionalTensor& c, const Tensor& x, c
   if (bias) check_sizes(*bias, "bias", {width});
   call.bias = bias_rows ? static_cast<const float*>(bias_rows->data_ptr()) : nullptr;
   call.state = rows_of(state);
+  call.state_channel_stride = state.stride(2);
   Tensor y = empty_like_shape(x, {batch, width});
   call.y = rows_of(y);
   short_conv_step(call, 0, batch);

@@ -264,12 +264,14 @@ void final_state_sequence(const ShortConv& call, int64_t sequence) {
   }
 }
 
-// `count` channels from d on, their taps turned over so that all loops run over channels.
-template <class T, bool gated, bool silu_after, int TAPS, int64_t count>
+// `count` channels from d on, their taps turned over so that all loops run over channels, whose states lie
+// side by side (`dense`) or apart.
+template <class T, bool gated, bool silu_after, int TAPS, bool dense, int64_t count>
 STAR_INLINE void step_channels(const ShortConvStep& call, int64_t batch, int64_t d) {
   const int64_t taps = TAPS ? TAPS : call.taps, stride = call.state.row_stride;
+  const int64_t apart = dense ? 1 : call.state_channel_stride;
   const float* weight = call.weight + d * taps;
-  T* state = call.state.row<T>(batch, 0) + d;
+  T* state = call.state.row<T>(batch, 0) + d * apart;
   const T* x = call.x.row<T>(batch, 0) + d;
   float u[count], pre[count];
   for (int64_t i = 0; i < count; ++i) u[i] = to_float(x[i]);
@@ -282,11 +284,11 @@ STAR_INLINE void step_channels(const ShortConvStep& call, int64_t batch, int64_t
     for (int64_t i = 0; i < count; ++i) pre[i] += call.bias[d + i];
   for (int64_t k = 0; k + 1 < taps; ++k) {
     T* row = state + k * stride;
-    for (int64_t i = 0; i < count; ++i) pre[i] += weight[i * taps + k] * to_float(row[i]);
+    for (int64_t i = 0; i < count; ++i) pre[i] += weight[i * taps + k] * to_float(row[i * apart]);
     if (k + 2 < taps) {
-      for (int64_t i = 0; i < count; ++i) row[i] = row[stride + i];
+      for (int64_t i = 0; i < count; ++i) row[i * apart] = row[stride + i * apart];
     } else {
-      for (int64_t i = 0; i < count; ++i) row[i] = from_float<T>(u[i]);
+      for (int64_t i = 0; i < count; ++i) row[i * apart] = from_float<T>(u[i]);
     }
   }
   T* y = call.y.row<T>(batch, 0) + d;
@@ -298,12 +300,12 @@ STAR_INLINE void step_channels(const ShortConvStep& call, int64_t batch, int64_t
   }
 }
 
-template <class T, bool gated, bool silu_after, int TAPS>
+template <class T, bool gated, bool silu_after, int TAPS, bool dense>
 void step_entry(const ShortConvStep& call, int64_t batch) {
   constexpr int64_t block = 64;
   int64_t d = 0;
-  for (; d + block <= call.width; d += block) step_channels<T, gated, silu_after, TAPS, block>(call, batch, d);
-  for (; d < call.width; ++d) step_channels<T, gated, silu_after, TAPS, 1>(call, batch, d);
+  for (; d + block <= call.width; d += block) step_channels<T, gated, silu_after, TAPS, dense, block>(call, batch, d);
+  for (; d < call.width; ++d) step_channels<T, gated, silu_after, TAPS, dense, 1>(call, batch, d);
 }
 
 // Turns the call's flags into template arguments: F<T, gated, silu, TAPS>.
@@ -348,7 +350,10 @@ void short_conv_dstate(const ShortConvBackward& call, int64_t begin, int64_t end
 
 void short_conv_step(const ShortConvStep& call, int64_t begin, int64_t end) {
   STAR_WITH_DTYPE(call.dtype, T, STAR_WITH_FORM(call, GATED, SILU, STAR_WITH_TAPS(call.taps, TAPS, {
-    for (int64_t batch = begin; batch < end; ++batch) step_entry<T, GATED, SILU, TAPS>(call, batch);
+    for (int64_t batch = begin; batch < end; ++batch) {
+      if (call.state_channel_stride == 1) step_entry<T, GATED, SILU, TAPS, true>(call, batch);
+      else step_entry<T, GATED, SILU, TAPS, false>(call, batch);
+    }
   })))
 }
 

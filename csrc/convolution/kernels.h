@@ -42,7 +42,8 @@ struct ShortConvStep {
   bool silu = false;
   int64_t width, taps;
   Rows x, b, c, y;   // one row a batch entry
-  Rows state;        // (B, K-1, D), shifted in place
+  Rows state;        // (B, K-1, D), shifted in place; here alone channels need not lie side by side
+  int64_t state_channel_stride = 1;
   const float* weight;  // (D, K)
   const float* bias;
 };

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import star_kernels
-from star_kernels import dispatch
+from star_kernels.integrations.covering import answers, constant, covers, form, recorded
 
 __all__ = ["ADAPTERS", "SCANS", "adapted"]
 
@@ -75,22 +75,11 @@ def adapted(original: Callable[..., Any], adapter: Callable[..., Any]) -> Callab
 
 def _changed(options: dict[str, Any]) -> bool:
     """Whether an option is set that changes the result."""
+    if _CHANGING.isdisjoint(options):
+        return False
     return any(
         name in _CHANGING and not (options[name] is None or options[name] is False) for name in options
     )
-
-
-def _covers(operator: str, first: Tensor, *others: Tensor | None) -> bool:
-    """Whether a fast form of the operator takes these tensors, all on one device."""
-    device = first.device
-    if any(other is not None and other.device != device for other in others):
-        return False
-    return dispatch.fastest(operator, first)[0] != "reference"
-
-
-def _recorded(*tensors: Tensor | None) -> bool:
-    """Whether autograd records a call on these tensors, which steps in place can't take part in."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _alike(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -116,7 +105,7 @@ def causal_conv1d_fn(
     """Causal depthwise convolution of (B, D, L) with taps (D, K), the last of which is for the present."""
     if activation not in _ACTIVATIONS or _changed(options):
         return NotImplemented
-    if not _covers("short_conv", hidden_states, weight, bias):
+    if not covers("short_conv", hidden_states, weight, bias):
         return NotImplemented
     y = star_kernels.short_conv(
         hidden_states.transpose(1, 2), weight, bias, activation=_ACTIVATIONS[activation]
@@ -139,25 +128,36 @@ def causal_conv1d_update(
     past = weight.shape[1] - 1
     if hidden_states.shape[2] != 1 or past < 1 or conv_state.shape[2] < past:
         return NotImplemented
-    if conv_state.dtype != hidden_states.dtype or _recorded(hidden_states, weight, bias):
+    if conv_state.dtype != hidden_states.dtype or recorded(hidden_states, weight, bias):
         return NotImplemented
     act = _ACTIVATIONS[activation]
-    # Channels first in the state, last in ours: the few inputs are turned over and, with the new one, back.
-    inputs = conv_state[:, :, conv_state.shape[2] - past :].transpose(1, 2).contiguous()
-    if _covers("short_conv_step", hidden_states, conv_state, weight, bias):
-        y = star_kernels.short_conv_step(hidden_states[:, :, 0], inputs, weight, bias, activation=act)
-    elif _covers("short_conv", hidden_states, conv_state, weight, bias):
-        x = hidden_states.transpose(1, 2)
-        y, inputs = star_kernels.short_conv(
-            x, weight, bias, activation=act, initial_state=inputs, return_final_state=True
-        )
-        y = y[:, 0]
-    else:
+    tensors = (hidden_states, conv_state, weight, bias)
+    one_by_one = covers("short_conv_step", *tensors)
+    if not one_by_one and not covers("short_conv", *tensors):
         return NotImplemented
     older = conv_state.shape[2] - past
-    if older:
+    if older == 1:
+        conv_state.select(2, 0).copy_(conv_state.select(2, 1))
+    elif older:
         conv_state[:, :, :older] = conv_state[:, :, 1 : older + 1].clone()
-    conv_state[:, :, older:] = inputs.transpose(1, 2)
+    state = conv_state.narrow(2, older, past).transpose(1, 2)
+    if one_by_one:
+        # Channels come first in this state, last in ours: the C++ step takes it as it lies, others a copy.
+        inputs = state if answers("short_conv_step", hidden_states) == "cpp" else state.contiguous()
+        y = star_kernels.short_conv_step(hidden_states.select(2, 0), inputs, weight, bias, activation=act)
+        if inputs is not state:
+            state.copy_(inputs)
+    else:
+        result, inputs = star_kernels.short_conv(
+            hidden_states.transpose(1, 2),
+            weight,
+            bias,
+            activation=act,
+            initial_state=state.contiguous(),
+            return_final_state=True,
+        )
+        y = result[:, 0]
+        state.copy_(inputs)
     return y.unsqueeze(-1)
 
 
@@ -184,7 +184,7 @@ def mamba_selective_scan(
 
     ``use_mambapy`` and ``use_associative_scan`` choose among transformers' forms of the same result.
     """
-    if _changed(options) or not _covers("selective_scan", hidden_states, dt, A, B, C, D, z, delta_bias):
+    if _changed(options) or not covers("selective_scan", hidden_states, dt, A, B, C, D, z, delta_bias):
         return NotImplemented
     x, dt, B, C, z = _alike(hidden_states, dt, B, C, z)
     y, state = star_kernels.selective_scan(
@@ -218,12 +218,12 @@ def mamba_selective_state_update(
 ) -> Any:
     """One token of :func:`mamba_selective_scan`: x, dt, z (B, D), B, C (B, N); ``state`` is updated."""
     tensors = (state, hidden_states, dt, A, B, C, D, dt_bias, z)
-    if _changed(options) or state.dtype != torch.float32 or _recorded(*tensors):
+    if _changed(options) or state.dtype != torch.float32 or recorded(*tensors):
         return NotImplemented
     x, dt, B, C, z = _alike(hidden_states, dt, B, C, z)
-    if _covers("selective_scan_step", x, *tensors) and state.stride(-1) == 1:
+    if covers("selective_scan_step", x, *tensors) and state.stride(-1) == 1:
         y = star_kernels.selective_scan_step(x, dt, A, B, C, state, D, z, dt_bias, dt_softplus=dt_softplus)
-    elif _covers("selective_scan", x, *tensors):
+    elif covers("selective_scan", x, *tensors):
         x, dt, B, C = (tensor.unsqueeze(1) for tensor in (x, dt, B, C))
         z = None if z is None else z.unsqueeze(1)
         y, final = star_kernels.selective_scan(
@@ -275,7 +275,7 @@ def mamba2_chunk_scan(
     (B, H, P, N).
     """
     tensors = (dt, A, B, C, D, dt_bias, initial_states)
-    if _changed(options) or not _covers("gated_linear_attention", hidden_states, *tensors):
+    if _changed(options) or not covers("gated_linear_attention", hidden_states, *tensors):
         return NotImplemented
     if D is not None and D.dim() != 1:
         return NotImplemented
@@ -330,22 +330,21 @@ def mamba2_selective_state_update(
     their own; where they do not, the call is not covered.
     """
     tensors = (state, hidden_states, dt, A, B, C, D, dt_bias, z)
-    if _changed(options) or state.dtype != torch.float32 or _recorded(*tensors):
+    if _changed(options) or state.dtype != torch.float32 or recorded(*tensors):
         return NotImplemented
-    if not _covers("gated_linear_attention", hidden_states, *tensors):
+    if not covers("gated_linear_attention", hidden_states, *tensors):
         return NotImplemented
     if hidden_states.dim() != 3 or B.dim() != 3 or A.dim() != 3 or A.stride()[1:] != (0, 0):
         return NotImplemented
     of_heads = (dt, D, dt_bias)
     if any(tensor is not None and tensor.stride(-1) != 0 for tensor in of_heads):
         return NotImplemented
-    dt, D, dt_bias = (None if tensor is None else tensor[..., 0] for tensor in of_heads)  # type: ignore[assignment]
-    dt = _step_sizes(dt, dt_bias, dt_softplus)
+    dt = _step_sizes(dt.select(-1, 0), None if dt_bias is None else dt_bias.select(-1, 0), dt_softplus)
     v = (hidden_states * dt.unsqueeze(-1)).to(hidden_states.dtype)
     C, B, v = _alike(C, B, v)
-    log_decay = dt * A[:, 0, 0].float()
+    log_decay = dt * A.select(-1, 0).select(-1, 0).float()
     ours = state.transpose(-1, -2)
-    if dispatch.fastest("gated_linear_attention_step", v)[0] != "reference":
+    if covers("gated_linear_attention_step", v):
         in_place = ours if ours.stride(-1) == 1 else ours.contiguous()
         y = star_kernels.gated_linear_attention_step(C, B, v, log_decay, in_place, scale=1.0)
         if in_place is not ours:
@@ -358,7 +357,7 @@ def mamba2_selective_state_update(
         ours.copy_(final)
         y = y[:, 0]
     if D is not None:
-        y = torch.addcmul(y, hidden_states.to(y.dtype), D.to(y.dtype).unsqueeze(-1))
+        y = torch.addcmul(y, hidden_states.to(y.dtype), D.to(y.dtype))
     if z is not None:
         y = y * functional.silu(z)
     return y.to(hidden_states.dtype)
@@ -403,22 +402,21 @@ def recurrent_delta_rule(
 ) -> Any:
     """The same as :func:`chunk_delta_rule`: how long a chunk is, our operators decide."""
     tensors = (query, key, g, beta, initial_state)
-    if _changed(options) or not _covers("gated_delta_rule", value, *tensors):
+    if _changed(options) or not covers("gated_delta_rule", value, *tensors):
         return NotImplemented
     dtype = query.dtype
     if use_qk_l2norm_in_kernel:
         query, key = _unit_length(query), _unit_length(key)
     query, key, value, beta = _alike(query, key, value, beta)
-    one_token = value.shape[1] == 1 and not _recorded(value, *tensors)
-    if one_token and dispatch.fastest("gated_delta_rule_step", value)[0] != "reference":
+    one_token = value.shape[1] == 1 and not recorded(value, *tensors)
+    if one_token and covers("gated_delta_rule_step", value):
         if initial_state is None:
             batch, _, heads, width = value.shape
             state = value.new_zeros(batch, heads, key.shape[-1], width, dtype=torch.float32)
         else:  # the step overwrites its state, and this one is the caller's
             state = initial_state.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        y = star_kernels.gated_delta_rule_step(
-            query[:, 0], key[:, 0], value[:, 0], beta[:, 0], g[:, 0], state
-        ).unsqueeze(1)
+        q, k, v, b, decay = (tensor.select(1, 0) for tensor in (query, key, value, beta, g))
+        y = star_kernels.gated_delta_rule_step(q, k, v, b, decay, state).unsqueeze(1)
     else:
         y, state = star_kernels.gated_delta_rule(
             query, key, value, beta, g, initial_state=initial_state, return_final_state=True
@@ -429,9 +427,8 @@ def recurrent_delta_rule(
 def _unit_length(x: Tensor) -> Tensor:
     """x / sqrt(Σ x² + 1e-6) over the last dimension, as a root-mean-square norm."""
     width = x.shape[-1]
-    weight = torch.full((width,), width**-0.5, dtype=torch.float32, device=x.device)
-    y = star_kernels.rms_norm(x, weight, 1e-6 / width)
-    assert isinstance(y, Tensor)
+    rms_norm: Any = form("rms_norm", x) or star_kernels.rms_norm
+    y: Tensor = rms_norm(x, constant(width**-0.5, width, x.device), 1e-6 / width)
     return y
 
 
@@ -454,7 +451,7 @@ def rg_lru_scan(
     tensors = (recurrent_gate, reset, recurrent_states)
     if hidden_states.shape[1] < 2 or acc_dtype != torch.float32:
         return NotImplemented
-    if not _covers("linear_scan", hidden_states, *tensors):
+    if not covers("linear_scan", hidden_states, *tensors):
         return NotImplemented
     decay, x = _alike(recurrent_gate * ~reset, hidden_states)
     y, state = star_kernels.linear_scan(decay, x, initial_state=recurrent_states, return_final_state=True)

@@ -7,8 +7,8 @@
 From there on every Mamba, Mamba-2, gated delta, Kimi delta, short convolution and RG-LRU layer of the
 installed transformers, in models made before or after, in training and in generation, on a CPU and on a GPU,
 calls star_kernels instead of transformers' own PyTorch forms, and instead of causal_conv1d, mamba_ssm and fla
-where those are installed. Nothing is written to disk, no weight and no cache changes its meaning, and
-:func:`disable` puts back the very functions that were there.
+where those are installed; and so do the root-mean-square norms of these models. Nothing is written to disk,
+no weight and no cache changes its meaning, and :func:`disable` puts back the very functions that were there.
 
 transformers 5.16 and later keep these functions as globals of each modeling module; that is what is replaced.
 Earlier ones compute them inside their layers, which are left as they were.
@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Any
 
 from star_kernels.integrations.functions import ADAPTERS, SCANS, adapted, no_shortcut
+from star_kernels.integrations.norms import Formula, candidates, proven, taken_over
 from star_kernels.integrations.patching import Patch, callers, parameters
 
 __all__ = ["Coverage", "Enabled", "disable", "enable", "is_enabled"]
@@ -49,17 +50,20 @@ class Coverage:
     Args:
         version: of the installed transformers.
         covered: "model_type.Layer" to the names of the functions it calls that were replaced.
-        left: "model_type" or "model_type.function" to why it was left as it was.
+        norms: "model_type.Norm" of the root-mean-square norms that were replaced.
+        left: "model_type", "model_type.function" or "model_type.Norm" to why it was left as it was.
     """
 
     version: str
     covered: dict[str, tuple[str, ...]]
+    norms: tuple[str, ...]
     left: dict[str, str]
 
     def __str__(self) -> str:
         lines = [f"transformers {self.version} on star_kernels:"]
         lines += [f"  {layer}: {', '.join(names)}" for layer, names in sorted(self.covered.items())]
-        if not self.covered:
+        lines += [f"  {norm}: forward" for norm in sorted(self.norms)]
+        if len(lines) == 1:
             lines.append("  nothing")
         if self.left:
             lines.append("left as it was:")
@@ -84,8 +88,9 @@ class Enabled:
             disable()
 
     def __repr__(self) -> str:
-        layers, left = len(self.coverage.covered), len(self.coverage.left)
-        return f"<transformers {self.coverage.version} on star_kernels: {layers} layers, {left} left>"
+        layers, norms = len(self.coverage.covered), len(self.coverage.norms)
+        counts = f"{layers} layers, {norms} norms, {len(self.coverage.left)} left"
+        return f"<transformers {self.coverage.version} on star_kernels: {counts}>"
 
 
 def enable(*, verbose: bool = False) -> Enabled:
@@ -154,12 +159,20 @@ def _replace_all() -> Coverage:
             "pip install 'star-kernels[hf]'"
         ) from error
     covered: dict[str, tuple[str, ...]] = {}
+    norms: list[str] = []
     left: dict[str, str] = {}
     for found in _modeling_modules(Path(str(transformers.__file__)).parent):
         left.update(found.left)
-        if found.concerned:
-            _replace_in(found.model, found.module, found.functions, covered, left)
-    return Coverage(transformers.__version__, covered, left)
+        if not found.concerned:
+            continue
+        try:
+            module = importlib.import_module(f"transformers.models.{found.model}.{found.module}")
+        except (ImportError, RuntimeError) as error:  # a model with a dependency that is not installed
+            left[found.model] = f"can't be imported: {str(error).splitlines()[0]}"
+            continue
+        _replace_functions(found.model, module, found.functions, covered, left)
+        norms += _replace_norms(found.model, module, left)
+    return Coverage(transformers.__version__, covered, tuple(norms), left)
 
 
 @dataclass(frozen=True)
@@ -193,19 +206,14 @@ def _modeling_modules(package: Path) -> list[_ModelingModule]:
     return modules
 
 
-def _replace_in(
+def _replace_functions(
     model: str,
-    module_name: str,
+    module: Any,
     functions: list[str],
     covered: dict[str, tuple[str, ...]],
     left: dict[str, str],
 ) -> None:
     """Replaces the known functions and methods of one modeling module."""
-    try:
-        module = importlib.import_module(f"transformers.models.{model}.{module_name}")
-    except (ImportError, RuntimeError) as error:  # a model with a dependency that is not installed
-        left[model] = f"can't be imported: {str(error).splitlines()[0]}"
-        return
     replaced = set()
     for name in functions:
         adapter, original = ADAPTERS[name], getattr(module, name)
@@ -228,6 +236,19 @@ def _replace_in(
         else:
             _patch.replace(getattr(module, layer), method, adapted(original, adapter))
             covered[f"{model}.{layer}"] = (method,)
+
+
+def _replace_norms(model: str, module: Any, left: dict[str, str]) -> list[str]:
+    """Replaces the root-mean-square norms of one modeling module; which ones."""
+    replaced = []
+    for norm in candidates(module):
+        formula = proven(norm)
+        if isinstance(formula, Formula):
+            _patch.replace(norm, "forward", taken_over(norm, vars(norm)["forward"], formula))
+            replaced.append(f"{model}.{norm.__name__}")
+        else:
+            left[f"{model}.{norm.__name__}"] = formula
+    return replaced
 
 
 def _mismatch(original: Any, adapter: Any, skip: int = 0) -> str:

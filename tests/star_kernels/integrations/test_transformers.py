@@ -365,6 +365,21 @@ def test_convolution_state_moves_on_as_the_original_does(spare: int) -> None:
     assert torch.equal(ours, theirs)
 
 
+def test_decoding_step_of_a_convolution_compiles() -> None:
+    state, x, weight = torch.randn(2, 6, 4), torch.randn(2, 6, 1), torch.randn(6, 4)
+    expected_state = state.clone()
+
+    @torch.no_grad()
+    def step(x: Tensor, state: Tensor) -> Any:
+        return functions.causal_conv1d_update(x, state, weight, None, "silu")
+
+    expected = step(x, expected_state)
+    y = torch.compile(step, fullgraph=True, backend="aot_eager")(x, state)
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(state, expected_state)
+    torch._dynamo.reset()
+
+
 def test_without_transformers_one_sentence_says_so() -> None:
     program = (
         "import sys; sys.modules['transformers'] = None\n"
