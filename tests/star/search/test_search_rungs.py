@@ -18,6 +18,7 @@ from synthetic import InlineEngine, Killed, climbing, foreseeable
 from synthetic import settings as small_settings
 from test_search_loop import Run
 
+from benchmarks.rungs import Replay, document, read, replay
 from star.search.algorithms import ALGORITHMS
 from star.search.budgets import is_over_budget
 from star.search.errors import SearchInterrupted
@@ -239,6 +240,12 @@ def test_what_is_found_is_found_without_rungs_too(tmp_path: Path) -> None:
     stopped = [item for item in saving.evaluations() if item.stopped]
     assert len(stopped) > 3
     assert {item.curve[-1][0] for item in stopped} == {12}
+    # So says a replay of the search that was made without them.
+    replayed = replay(read(plain.directory.path), (0.3,), "survivors", 0.95)
+    done = [item for item in plain.evaluations() if item.generation and item.ok]
+    assert replace(replayed, saved=0.0) == Replay(len(done), len(stopped), 0, 0, 0.0)
+    assert replayed.saved == pytest.approx(len(stopped) / len(done) * (1 - 12 / STEPS))
+    assert "| 0.5 | front | 0.95 | " in document([read(plain.directory.path)])
 
 
 def test_rivals_on_the_front_stop_more(tmp_path: Path) -> None:
