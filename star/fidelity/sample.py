@@ -34,7 +34,7 @@ def stratified_sample(
     Corput's): a larger sample holds those of a smaller one, whose trainings need not be done again.
 
     Args:
-        evaluations: of the run; failed ones and references are never drawn.
+        evaluations: of the run; references, and what failed or was stopped at a rung, are never drawn.
         settings: of the run, for its objectives and budgets.
         count: how many; all candidates where there are fewer.
 

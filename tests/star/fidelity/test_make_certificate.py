@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import retrainings
 from longer import longer_quality
-from recorded_runs import evaluation, finished_run, genomes, record
+from recorded_runs import evaluation, finished_run, genomes, record, small_settings
 from retrainings import lines
 from typer.testing import CliRunner
 
 import star.fidelity.run as run_module
 from star.commands import app
-from star.fidelity.certificate import Certificate
+from star.data import open_corpus
+from star.fidelity.certificate import Certificate, certify
 from star.fidelity.document import read_certificate
+from star.fidelity.retrain import retrain
 from star.fidelity.run import Event, RetrainingFinished, RetrainingStarted, make_certificate
 from star.fidelity.settings import FidelitySettings
-from star.report import read_run, write_report
+from star.proxy import ProxySettings, train_candidate
+from star.report import read_run
+from star.report.fidelity import fidelity_section
+from star.report.page import page
+from star.search.corpus import CorpusRecord
 from star.search.directory import RunDirectory
 from star.search.errors import RunDamaged, RunError, RunInUse
 from star.search.events import WorkerLost
+from star.search.settings import DataSettings
 from star.search.store import RunStore
 
 SETTINGS = FidelitySettings(sample=5, budget=4, seeds=2)
+ROUNDS = 40
 OPTIONS = ("--sample", "5", "--budget", "4", "--seeds", "2")
 
 
@@ -39,7 +50,8 @@ def make(
 
 @pytest.fixture(autouse=True)
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real workers only where a test asks for them."""
+    """Few rounds of the bootstrap, and real workers only where a test asks for them."""
+    monkeypatch.setattr(run_module, "certify", partial(certify, rounds=ROUNDS))
     if request.node.get_closest_marker("usefixtures") is None:
         monkeypatch.setattr(run_module, "LocalEngine", retrainings.InlineEngine)
 
@@ -60,6 +72,7 @@ def certified(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = finished_run(tmp_path_factory.mktemp("certified") / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "LocalEngine", retrainings.InlineEngine)
+        patch.setattr(run_module, "certify", partial(certify, rounds=ROUNDS))
         make(run)
     return run
 
@@ -127,6 +140,24 @@ def test_killed_before_the_first_line_was_whole(run: Path, certified: Path) -> N
     assert lines(run) == lines(certified)
 
 
+def test_a_full_disk_loses_no_training(run: Path, certified: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.pwrite
+    appended = 0
+
+    def pwrite(descriptor: int, data: bytes, offset: int) -> int:
+        nonlocal appended
+        appended += b'"genome"' in data
+        return write(descriptor, data[:20] if appended == 4 else data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        with pytest.raises(RunError, match=r"fidelity\.jsonl can not be written: no room on the disk"):
+            make(run)
+    assert len(lines(run)) == 1 + 3 + 1
+    make(run)
+    assert lines(run) == lines(certified)
+
+
 @pytest.mark.usefixtures("workers")
 def test_the_number_of_workers_changes_nothing(run: Path, certified: Path) -> None:
     make(run, workers=3)
@@ -163,6 +194,31 @@ def test_the_run_is_as_it_was(run: Path) -> None:
         *("run.db", "config.json", "run.lock", "weights", "report", "export"),
         *("fidelity.json", "fidelity.jsonl"),
     }
+
+
+def test_a_worker_trains_as_the_settings_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAR_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {number} of a text that says little" for number in range(400)))
+    corpus = open_corpus([str(text)])
+    search = replace(
+        small_settings(objectives=("quality",)),
+        data=DataSettings(source=(str(text),)),
+        proxy=ProxySettings(
+            steps=2, batch_size=1, length=16, warmup_steps=1, validation_batches=1, threads=1
+        ),
+    )
+    found = CorpusRecord(
+        corpus.name, corpus.content_hash, corpus.key, corpus.vocab_size, str(corpus.directory)
+    )
+    longer = FidelitySettings(budget=2, seeds=2).trainings(search.proxy)
+    given = run_module._worker_settings(search, longer, found)
+    genome = genomes(1, 2)[0]
+    for task, seed in ((6, 0), (7, 1)):
+        expected = train_candidate(genome, search.model, longer[seed], corpus)
+        result = retrain(genome.key, given, task, None)
+        assert result["objectives"]["quality"] == expected.quality is not None
+        assert expected.tokens == 4 * 16
 
 
 class TestRefuses:
@@ -231,29 +287,19 @@ class TestRefuses:
 
 class TestReport:
     def test_says_that_it_has_not_been_run(self, run: Path) -> None:
-        page = write_report(run).read_text("utf-8")
-        assert "How far to believe the order" in page
-        assert f"star fidelity {run}" in page
-        assert read_run(run).to_json()["fidelity"] is None
+        summary = read_run(run)
+        text = page(summary, [], {})
+        assert "How far to believe the order" in text
+        assert f"star fidelity {run}" in text
+        assert "that spread was not measured here" in text
+        assert summary.to_json()["fidelity"] is None
 
-    def test_shows_the_certificate(self, certified: Path) -> None:
-        page = write_report(certified).read_text("utf-8")
+    def test_says_that_the_run_has_gone_on(self, certified: Path) -> None:
         certificate = read_certificate(certified)
         assert certificate is not None
-        assert f"{certificate.tau.value:.2f}".replace("-", "−") in page
-        assert "Parameter count alone reaches" in page
-        assert "among retrained" in page
-        assert "Quality in the search and after longer training" in page
-        assert f"star fidelity {certified}" not in page
-        assert f"that spread is {certificate.noise.deviation:.4f}" in page
-        assert (certified / "report" / "fidelity.png").is_file()
-
-    def test_says_that_the_run_has_gone_on(self, run: Path) -> None:
-        make(run)
-        with RunStore.open(run, write=True) as store:
-            more = genomes(13)[-1]
-            store.append_evaluation(evaluation(99, more, 2))
-        assert "The run has gone on since, from 15 to 16 evaluations." in write_report(run).read_text("utf-8")
+        section = fidelity_section(certificate, certificate.evaluations + 1, certified)
+        assert "The run has gone on since, from 15 to 16 evaluations." in section
+        assert "has gone on" not in fidelity_section(certificate, certificate.evaluations, certified)
 
     def test_refuses_the_certificate_of_another_run(self, certified: Path, tmp_path: Path) -> None:
         other = finished_run(tmp_path / "other")
@@ -284,7 +330,16 @@ class TestCommand:
         assert "10 longer trainings of 5 candidates" in result.stdout
         assert "Kendall's tau between the order under the proxy" in result.stdout
         assert "among retrained" in result.stdout
-        assert "How far to believe the order" in (run / "report" / "index.html").read_text("utf-8")
+        text = (run / "report" / "index.html").read_text("utf-8")
+        certificate = read_certificate(run)
+        assert certificate is not None
+        assert f"{certificate.tau.value:.2f}".replace("-", "−") in text
+        assert "Parameter count alone reaches" in text
+        assert "among retrained" in text
+        assert "Quality in the search and after longer training" in text
+        assert f"star fidelity {run}" not in text
+        assert f"that spread is {certificate.noise.deviation:.4f}" in text
+        assert (run / "report" / "fidelity.png").is_file()
 
     def test_json_is_the_file(self, run: Path) -> None:
         result = self.call(run, *OPTIONS, "--json", "--no-report")
@@ -305,8 +360,8 @@ class TestCommand:
     )
     def test_refuses_wrong_numbers(self, run: Path, arguments: tuple[str, ...], says: str) -> None:
         result = self.call(run, *arguments)
-        assert (type(result.exception).__name__, result.exception.exit_code) == ("BadInput", 2)
-        assert says in str(result.exception)
+        assert result.exit_code == 2
+        assert says in result.stderr
 
     @pytest.mark.parametrize("kind", ["missing", "empty", "no run", "damaged"])
     def test_refuses_what_is_no_run(self, tmp_path: Path, run: Path, kind: str) -> None:
@@ -317,8 +372,17 @@ class TestCommand:
         elif kind == "damaged":
             (run / "fidelity.jsonl").write_text("[]\n")
         result = self.call(directory)
-        assert (type(result.exception).__name__, result.exception.exit_code) == ("BadInput", 2)
-        assert "\n" not in str(result.exception)
+        assert result.exit_code == 2
+        assert re.fullmatch(r"star: .+\n", result.stderr)
+
+    def test_stopped_by_hand(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def stop(*arguments: Any, **options: Any) -> Certificate:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(run_module, "make_certificate", stop)
+        result = self.call(run, *OPTIONS)
+        assert result.exit_code == 130
+        assert "the same command goes on" in result.stderr
 
     def test_all_failures_are_a_failure(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def make_failing(*arguments: Any, **options: Any) -> Certificate:
@@ -328,6 +392,6 @@ class TestCommand:
 
         monkeypatch.setattr(run_module, "make_certificate", make_failing)
         result = self.call(run, *OPTIONS, "--no-report")
-        assert (type(result.exception).__name__, result.exception.exit_code) == ("Failed", 1)
-        assert "every longer training" in str(result.exception)
+        assert result.exit_code == 1
+        assert "every longer training" in result.stderr
         assert "10 of 10 longer trainings failed" in result.stdout
