@@ -84,8 +84,8 @@ class SeedNoise(NamedTuple):
     Attributes:
         deviation: standard deviation of one training's quality between seeds, pooled over the candidates.
         flips: share of the pairs of candidates that two seeds put in opposite orders.
-        tau: Kendall's tau between one seed's qualities and the means of the others; no proxy of one training
-            can be expected to do better. All are NaN where there is one seed only.
+        tau: Kendall's tau between one seed's qualities and the means of the others; a proxy that comes near
+            it is as good as one longer training. All are NaN where there is one seed only.
     """
 
     deviation: float
@@ -238,7 +238,7 @@ def _seed_noise(ranked: Sequence[Candidate]) -> SeedNoise:
     for one, other in combinations(range(table.shape[1]), 2):
         both = table[~np.isnan(table[:, [one, other]]).any(axis=1)]
         for left, right in combinations(both, 2):
-            flipped += (left[one] - right[one]) * (left[other] - right[other]) < 0
+            flipped += bool((left[one] - right[one]) * (left[other] - right[other]) < 0)
             pairs += 1
     taus = [_tau_of_seed(table, seed) for seed in range(table.shape[1])]
     known = [tau for tau in taus if not math.isnan(tau)]
