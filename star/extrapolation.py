@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from star.proxy import REMARK
+
 if TYPE_CHECKING:
     from star.proxy import CurvePoint, ProxySettings
 
@@ -46,11 +48,11 @@ def quality_of(curve: Sequence[CurvePoint], settings: ProxySettings) -> tuple[fl
     if settings.extrapolate_to > settings.steps:
         later = {step: value for step, value in evaluated.items() if step >= settings.warmup_steps}
         if len(later) < FEWEST_POINTS:
-            reason = f"not extrapolated: {len(later)} evaluations after the warm-up, takes {FEWEST_POINTS}"
+            reason = f"{REMARK}{len(later)} evaluations after the warm-up, takes {FEWEST_POINTS}"
             return evaluated[settings.steps], reason
         expected = extrapolate(list(later), list(later.values()), settings.extrapolate_to)
         if expected is None:
-            return evaluated[settings.steps], "not extrapolated: the held-out loss does not fall"
+            return evaluated[settings.steps], f"{REMARK}the held-out loss does not fall"
         return expected, ""
     if settings.average_evaluations == 1:
         return evaluated[settings.steps], ""

@@ -22,7 +22,7 @@ from star.genome import Genome
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["CurvePoint", "Outcome", "Progress", "ProxySettings", "train_candidate"]
+__all__ = ["CurvePoint", "Outcome", "Progress", "ProxySettings", "is_remark", "train_candidate"]
 
 DTYPES = ("auto", "float32", "bfloat16")
 PARAMETRIZATIONS = ("standard", "mup")
@@ -206,6 +206,15 @@ class Outcome:
         """The outcome that `to_json` wrote."""
         curve = tuple(CurvePoint(*point) for point in data.get("curve", ()))
         return cls(**{**data, "curve": curve})
+
+
+REMARK = "not extrapolated: "
+"""How the reason of an outcome begins that is ok all the same."""
+
+
+def is_remark(reason: object) -> bool:
+    """Whether it may be the reason of an outcome that is ok."""
+    return isinstance(reason, str) and reason.startswith(REMARK)
 
 
 def train_candidate(

@@ -226,13 +226,15 @@ def _row(
             relative = element("small", text, class_=judged)
         cells.append(element("td", value(column, number), relative, class_="number"))
     generation = "" if item.generation is None else item.generation + 1
-    failed = None if item.ok else element("small", f"{item.status}: {item.reason}")
+    said = None
+    if item.reason is not None:
+        said = element("small", item.reason if item.ok else f"{item.status}: {item.reason}")
     return element(
         "tr",
         element("td", name),
         *cells,
         element("td", generation, class_="number"),
-        element("td", _strip(item.key), failed),
+        element("td", _strip(item.key), said),
         class_=class_,
     )
 

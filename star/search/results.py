@@ -3,7 +3,7 @@
 An evaluator is `callable(genome_text, settings, candidate_id, weights_path | None) -> dict` with the keys
 
     status       "ok", "failed", or "stopped" (where settings["bars"] says so: star.search.rungs)
-    reason       text, when it failed or was stopped
+    reason       text, when it failed or was stopped; else, if at all, why quality was not extrapolated
     objectives   name -> number (smaller is better), unless it failed
     curve        list of points of the learning curve, optional
     seconds      what it took, optional
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from star.proxy import is_remark
 from star.search.errors import RunError, is_disk_full
 
 __all__ = ["Evaluator", "describe", "evaluate_safely", "failure", "plain_result"]
@@ -60,8 +61,9 @@ def plain_result(raw: object) -> dict[str, Any]:
     elif status not in ("ok", "stopped"):
         return failure(f"the evaluator returned status {status!r}, not 'ok' or 'failed'")
     else:
-        reason = None if status == "ok" else _one_line(raw.get("reason") or "no reason given")
-        plain = {"status": status, "reason": reason}
+        plain = {"status": status, "reason": _one_line(raw.get("reason") or "no reason given")}
+        if status == "ok" and not is_remark(plain["reason"]):
+            plain["reason"] = None
         try:
             plain["objectives"] = _finite_numbers(raw.get("objectives"))
         except ValueError as error:

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from star.proxy import is_remark
 from star.search.errors import DiskFull, RunDamaged, RunError, is_disk_full
 from star.search.settings import SearchSettings
 
@@ -67,7 +68,8 @@ class Evaluation:
         generation: from 0; None for a reference, which belongs to no generation.
         origin: "random", "offspring", "baseline:NAME" or "reference:NAME".
         status: "ok", "failed", or "stopped" at a rung (star.search.rungs).
-        reason: why it failed or was stopped; None when it was trained to its end.
+        reason: why it failed or was stopped; None when it was trained to its end, unless its quality could
+            not be extrapolated as was asked for.
         objectives: name -> measured value, smaller is better; empty when it failed. When it was stopped,
             quality is that of the unfinished training, and what takes another training is missing.
         curve: the learning curve, rows as the evaluator gave them.
@@ -350,7 +352,7 @@ class RunStore:
             and isinstance(origin, str)
             and _ORIGIN.fullmatch(origin) is not None
             and status in ("ok", "failed", "stopped")
-            and (reason is None if status == "ok" else isinstance(reason, str))
+            and (reason is None or is_remark(reason) if status == "ok" else isinstance(reason, str))
             and isinstance(measured, dict)
             and all(_is_finite_number(value) for value in measured.values())
             and isinstance(points, list)

@@ -11,6 +11,7 @@ from test_cli import TINY, refused, run
 
 from star.commands.errors import BadInput
 from star.commands.proxy import proxy_settings
+from star.search.store import RunStore
 
 GENOME = "11111-91111"
 
@@ -82,6 +83,18 @@ def test_search_trains_every_candidate_as_told(text: Path, tmp_path: Path) -> No
     assert result.exit_code == 0, result.output
     proxy = json.loads((path / "config.json").read_text())["proxy"]
     assert (proxy["average_evaluations"], proxy["warmup_steps"], proxy["steps"]) == (2, 1, 4)
+
+
+def test_a_run_says_which_qualities_were_not_extrapolated(text: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    chosen = ["--proxy", "extrapolate_to=90", "--proxy", "evaluate_every=2", "--no-references"]
+    result = run("search", path, "--data", text, *TINY, "--generations", 1, *chosen)
+    assert result.exit_code == 0, result.output
+    with RunStore.open(path / "run.db") as store:
+        recorded = list(store.evaluations())
+    said = "not extrapolated: 2 evaluations after the warm-up, takes 4"
+    assert [(item.status, item.reason) for item in recorded] == [("ok", said)] * 2
+    assert said in (path / "report" / "index.html").read_text()
 
 
 def test_tasks_have_no_proxy(tmp_path: Path) -> None:
