@@ -229,7 +229,7 @@ class RunSummary:
         if not self.settings.budgets:
             return []
         limits = " and ".join(budget_text(*budget) for budget in self.settings.budgets.items())
-        total = len(candidates(self.evaluations))
+        total = sum(not item.failed for item in self.candidates)
         kept = total - len(self.over_budget)
         return [(f"{kept} of {count(total, 'candidate')} keep the budget ({limits}).", kept > 0)]
 
