@@ -71,7 +71,9 @@ def recorded(*tensors: Tensor | None) -> bool:
 
 def constant(value: float, width: int, device: torch.device) -> Tensor:
     """A float32 vector of one number, kept, since decoding asks for few of them and often."""
-    if torch.compiler.is_compiling():
+    # What a capture allocates belongs to its graph, and holds nothing before the graph runs.
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if captured or torch.compiler.is_compiling():
         return torch.full((width,), value, dtype=torch.float32, device=device)
     return _kept(value, width, device)
 

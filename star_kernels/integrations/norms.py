@@ -104,7 +104,9 @@ def _computed(formula: Formula, module: nn.Module, x: Tensor, gate: Tensor | Non
 
     glu = form("glu", x)
     activation = _ACTIVATIONS.get(formula.activation or module.activation)  # type: ignore[arg-type]
-    if glu is None or activation is None or gate.dtype != x.dtype or gate.shape != x.shape:
+    if glu is None or activation is None:
+        return NotImplemented
+    if gate.dtype != x.dtype or gate.shape != x.shape or gate.device != x.device:
         return NotImplemented
     after = formula.gate == "after"
     if formula.gate == "option":

@@ -168,6 +168,7 @@ def test_inputs_of_any_strides_and_names() -> None:
     with integration.enable():
         torch.testing.assert_close(module(x), expected)
         torch.testing.assert_close(module(hidden_states=x), expected)
+        assert module(torch.randn(0, WIDTH)).shape == (0, WIDTH)
         with pytest.raises(RuntimeError):
             module(torch.randn(2, WIDTH + 1))
 
