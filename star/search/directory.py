@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 import re
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,10 @@ CONFIG_BYTES_AT_MOST = 1 << 20
 _WEIGHTS_NAME = re.compile(r"(0|[1-9][0-9]{0,8})\.safetensors")
 # What a worker that was killed while it saved can leave behind.
 _UNFINISHED_WEIGHTS_NAME = re.compile(r"\.?(0|[1-9][0-9]{0,8})\.safetensors\.[A-Za-z0-9_.-]{1,64}")
+
+
+# How long a worker may hold the lock of a search that was killed while it started this worker.
+_SECONDS_FOR_DYING_WORKERS = 10.0
 
 
 class RunDirectory:
@@ -109,7 +114,8 @@ class RunDirectory:
         """Hold the run directory for this process, until the block ends or the process dies.
 
         The lock is advisory (flock) and belongs to the open file: the kernel drops it when the process
-        dies, so a killed search never leaves a stale lock.
+        dies, so a killed search never leaves a stale lock. A worker that it was just starting may hold a
+        copy of the open file until it has become another program: then this waits.
 
         Raises:
             RunInUse: another process holds it.
@@ -121,18 +127,26 @@ class RunDirectory:
                 raise DiskFull(self.lock, self.path) from error
             raise RunError(f"{self.lock} can not be opened: {error.strerror or error}") from error
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
-                process = f" by process {holder}" if holder.isdecimal() else ""
-                raise RunInUse(f"run directory {self} is in use{process}: a search runs there") from error
-            except OSError as error:
-                raise RunError(f"{self.lock} can not be locked: {error.strerror or error}") from error
+            self._take(descriptor)
             self._name_holder(descriptor)
             yield
         finally:
             os.close(descriptor)
+
+    def _take(self, descriptor: int) -> None:
+        patience = time.monotonic() + _SECONDS_FOR_DYING_WORKERS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError as error:
+                holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+                if not _is_gone(holder) or time.monotonic() > patience:
+                    process = f" by process {holder}" if holder.isdecimal() else ""
+                    raise RunInUse(f"run directory {self} is in use{process}: a search runs there") from error
+                time.sleep(0.05)
+            except OSError as error:
+                raise RunError(f"{self.lock} can not be locked: {error.strerror or error}") from error
 
     def _name_holder(self, descriptor: int) -> None:
         try:
@@ -202,3 +216,16 @@ class RunDirectory:
                     continue
                 if finished or _UNFINISHED_WEIGHTS_NAME.fullmatch(entry.name):
                     Path(entry.path).unlink(missing_ok=True)
+
+
+def _is_gone(holder: str) -> bool:
+    """Whether the process of this number has ended; what is no number is no answer."""
+    if not holder.isdecimal() or not 0 < int(holder) < 2**31:
+        return False
+    try:
+        os.kill(int(holder), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # someone else's
+        return False
+    return False

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pickle
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -16,6 +18,7 @@ import pytest
 import synthetic
 from synthetic import settings as small_settings
 
+from star.search import directory as directory_module
 from star.search import run as run_module
 from star.search.corpus import CorpusRecord
 from star.search.directory import RunDirectory
@@ -306,6 +309,27 @@ def test_a_second_search_is_refused(tmp_path: Path) -> None:
         release.set()
         thread.join()
     go_on(folder)
+
+
+def test_a_lock_that_outlives_its_search_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does for a moment in a worker that was being started when the search was killed."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    run = RunDirectory(tmp_path)
+    run.lock.write_text(f"{gone.pid}\n")
+    descriptor = os.open(run.lock, os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    monkeypatch.setattr(directory_module, "_SECONDS_FOR_DYING_WORKERS", 0.1)
+    with pytest.raises(RunInUse, match=f"in use by process {gone.pid}"), run.locked():
+        pass
+    monkeypatch.setattr(directory_module, "_SECONDS_FOR_DYING_WORKERS", 60.0)
+    end = threading.Timer(0.2, os.close, [descriptor])
+    end.start()
+    with run.locked():
+        assert run.lock.read_text() == f"{os.getpid()}\n"
+    end.join()
 
 
 def test_a_lock_file_with_nonsense_in_it(tmp_path: Path) -> None:
