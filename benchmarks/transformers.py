@@ -7,8 +7,8 @@
 Random weights, width 768, batch 1. Forward and forward + backward over 1024 tokens; decoding 64 tokens, one
 at a time, after that prompt. "Without" are transformers' own PyTorch forms, which it takes where
 causal_conv1d, mamba_ssm and fla are not installed. Samples of both take turns within one run, and switching
-between them is not timed. Beside decoding stands its limit: a product of every weight matrix that a token
-needs with one vector, which neither form can do without.
+between them is not timed. Beside each task stands its limit: the matrix products of the linear layers and of
+the experts alone, which both forms make, and which are made once more by themselves.
 
 The whole table takes most of an hour, since some of transformers' forms take minutes a call. A run that was
 stopped goes on where it was when the same command is given again.
@@ -31,7 +31,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +89,14 @@ class Row:
         return self.seconds[task][WITHOUT] / self.seconds[task][WITH]
 
     def most(self, task: str) -> float:
-        """The ratio of a form that did nothing but what its weights take; only of decoding."""
+        """The ratio of a form that made nothing but the matrix products."""
         return self.seconds[task][WITHOUT] / self.seconds[task][LIMIT]
 
 
 def measure(hybrid: HybridModel, setting: Setting, records: Records) -> Row:
     """All tasks of one model that are not recorded yet, its two forms in turns."""
-    missing = [task for task in ("logits", *TASKS) if (hybrid.module, task) not in records.parts]
+    wanted = ("logits", *TASKS, LIMIT)
+    missing = [task for task in wanted if (hybrid.module, task) not in records.parts]
     if missing:
         model = hybrid.build(**(hybrid.large() if setting.large else {}))
         with _torch_forms(hybrid):
@@ -104,12 +104,12 @@ def measure(hybrid: HybridModel, setting: Setting, records: Records) -> Row:
                 began = time.perf_counter()
                 values = _measured(task, model, setting)
                 records.add(hybrid.module, task, {**values, "took": time.perf_counter() - began})
-    parts = {task: records.parts[hybrid.module, task] for task in ("logits", *TASKS)}
+    parts = {task: records.parts[hybrid.module, task] for task in wanted}
     return Row(
         hybrid.module,
         hybrid.layer,
         int(parts["logits"]["parameters"]),
-        {task: parts[task] for task in TASKS},
+        {task: {**parts[task], LIMIT: parts[LIMIT][task]} for task in TASKS},
         parts["logits"]["difference"],
         sum(part["took"] for part in parts.values()),
     )
@@ -125,8 +125,9 @@ def _measured(task: str, model: torch.nn.Module, setting: Setting) -> dict[str, 
     if task == "forward + backward":
         return _in_turns(setting, lambda: lambda: _train(model, ids))
     if task == "decode":
-        decode = _Decode(model, ids, setting.tokens)
-        return _in_turns(setting, decode.sample, {LIMIT: decode.weights()})
+        return _in_turns(setting, _Decode(model, ids, setting.tokens).sample)
+    if task == LIMIT:
+        return _limits(model, ids, setting)
     logits = {form: _in_form(form, lambda: _forward(model, ids)) for form in (WITHOUT, WITH)}
     difference = float((logits[WITH] - logits[WITHOUT]).norm() / logits[WITHOUT].norm())
     return {"parameters": sum(p.numel() for p in model.parameters()), "difference": difference}
@@ -196,76 +197,83 @@ class _Decode:
         """A deep copy but for the weights, which stay the same tensors."""
         return copy.deepcopy(value, {id(parameter): parameter for parameter in self._model.parameters()})
 
-    def weights(self) -> Callable[[], None]:
-        """Each weight matrix of one token times one vector, as often as there are tokens."""
-        token = self.sample(1)
-        with _WeightsRead(self._model) as read:
-            token()
-        pairs = [(matrix, torch.ones(matrix.shape[1])) for matrix in read.matrices()]
 
-        @torch.no_grad()
-        def products() -> None:
-            for _ in range(self._tokens):
-                for matrix, vector in pairs:
-                    torch.mv(matrix, vector)
+class _Products(TorchDispatchMode):
+    """Collects the matrix products that the linear layers and the experts of a model make, and makes them
+    again."""
 
-        return products
-
-
-class _WeightsRead(TorchDispatchMode):
-    """Collects the weight matrices, or the parts of stacked ones, that operators other than look-ups read."""
+    _LINEAR = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten._grouped_mm)
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self._owners = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        self._read: dict[tuple[int, int], Tensor] = {}
+        self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._made: list[tuple[Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
-            for tensor in args:
-                if isinstance(tensor, Tensor) and tensor.dim() > 1 and self._is_weight(tensor):
-                    self._read[tensor.data_ptr(), tensor.numel()] = tensor.detach()
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        linear = func.overloadpacket in self._LINEAR
+        if linear or (func.overloadpacket is torch.ops.aten.bmm and any(map(self._is_weight, args))):
+            self._made.append((func, args, kwargs))
+        return func(*args, **kwargs)
 
     def _is_weight(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in self._owners
+        return tensor.untyped_storage().data_ptr() in self._weights
 
-    def matrices(self) -> list[Tensor]:
-        """Each once, two-dimensional and contiguous in memory."""
-        every = [part for tensor in self._read.values() for part in tensor.reshape(-1, *tensor.shape[-2:])]
-        return [matrix.T if matrix.stride(0) == 1 else matrix for matrix in every]
+    @torch.no_grad()
+    def again(self) -> None:
+        for func, args, kwargs in self._made:
+            func(*args, **kwargs)
+
+    def numbers(self) -> int:
+        """Of all factors together."""
+        return sum(a.numel() for _, args, _ in self._made for a in args[-2:] if isinstance(a, Tensor))
+
+
+def _limits(model: torch.nn.Module, ids: Tensor, setting: Setting) -> dict[str, float]:
+    """By task, median seconds of its matrix products alone, whichever form is on."""
+    limits = {}
+    with integration.enable():
+        decode = _Decode(model, ids, setting.tokens)
+        calls = {"forward": lambda: _forward(model, ids), "forward + backward": lambda: _train(model, ids)}
+        for task, call in {**calls, "decode": decode.sample(1)}.items():
+            with _Products(model) as products:
+                call()
+            times = setting.tokens if task == "decode" else 1
+            samples: list[float] = []
+            while len(samples) < 4 or sum(samples) < setting.seconds / 4:
+                began = time.perf_counter()
+                for _ in range(times):
+                    products.again()
+                samples.append(time.perf_counter() - began)
+            limits[task] = statistics.median(samples[1:])
+    return limits
 
 
 def _in_form(form: str, call: Callable[[], Any]) -> Any:
-    if form != WITH:
+    if form == WITHOUT:
         return call()
     with integration.enable():
         return call()
 
 
-def _in_turns(
-    setting: Setting,
-    prepare: Callable[[], Callable[[], Any]],
-    others: dict[str, Callable[[], Any]] | None = None,
-) -> dict[str, float]:
-    """Median seconds of both forms, and of other calls, sampled in turns. The first sample warms up, unless
-    it is a long one."""
+def _in_turns(setting: Setting, prepare: Callable[[], Callable[[], Any]]) -> dict[str, float]:
+    """Median seconds of both forms, sampled in turns. The first sample warms up, unless it is a long one."""
 
-    def sample(form: str) -> float:
-        call = others[form] if others and form in others else prepare()
+    def sample() -> float:
+        call = prepare()
         began = time.perf_counter()
         call()
         return time.perf_counter() - began
 
     samples: dict[str, list[float]] = {}
-    for form in (WITHOUT, WITH, *(others or {})):
-        first = _in_form(form, partial(sample, form))
+    for form in (WITHOUT, WITH):
+        first = _in_form(form, sample)
         samples[form] = [first] if first > LONG_CALL else []
     turns = [form for form in samples if not samples[form]]
     end = time.perf_counter() + setting.seconds
     while turns and (len(samples[turns[0]]) < 3 or time.perf_counter() < end):
         for form in turns:
-            samples[form].append(_in_form(form, partial(sample, form)))
+            samples[form].append(_in_form(form, sample))
     return {form: statistics.median(values) for form, values in samples.items()}
 
 
@@ -313,9 +321,10 @@ def document(rows: Sequence[Row], setting: Setting, threads: int) -> str:
         f"turns within one run, {threads} threads of {_processor()}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}. Measuring took {sum(row.took for row in rows):.0f} s. Without: "
         "transformers' own PyTorch forms; with: after `star_kernels.integrations.transformers.enable()`. "
-        "Limit: the time of the products of a token's weight matrices with one vector each, as often as "
-        "there are tokens, and the ratio of a form that took only this. The last column is the norm of the "
-        "logits' difference over their norm. Configurations: `benchmarks/hybrid_models.py`.",
+        "At most: the ratio of a form that made nothing but the matrix products of the linear layers and "
+        "the experts, which are the same in both forms and were timed by themselves. A form that takes more "
+        f"than {LONG_CALL:.0f} s a call is called once. The last column is the norm of the logits' "
+        "difference over their norm. Configurations: `benchmarks/hybrid_models.py`.",
         "",
     ]
     if not setting.large:
@@ -323,16 +332,20 @@ def document(rows: Sequence[Row], setting: Setting, threads: int) -> str:
     head = ["model", "layer", "parameters"]
     for task in TASKS:
         unit = f"{task} of {setting.tokens}" if task == "decode" else task
-        head += [f"{unit}: without", "with", "faster"]
-    head += ["limit", "at most"]
+        head += [f"{unit}: without", "with", "faster", "at most"]
     head.append("difference")
     lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in rows:
         cells = [row.model, f"`{row.layer}`", f"{row.parameters / 1e6:.1f} M"]
         for task in TASKS:
             times = row.seconds[task]
-            cells += [_time(times[WITHOUT]), _time(times[WITH]), f"{row.ratio(task):.1f}x"]
-        cells += [_time(row.seconds["decode"][LIMIT]), f"{row.most('decode'):.1f}x", f"{row.difference:.0e}"]
+            cells += [
+                _time(times[WITHOUT]),
+                _time(times[WITH]),
+                f"{row.ratio(task):.1f}x",
+                f"{row.most(task):.1f}x",
+            ]
+        cells.append(f"{row.difference:.0e}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -379,10 +392,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{number}/{len(wanted)} {model}: measuring", end="\r", file=sys.stderr, flush=True)
             rows.append(row := measure(model, setting, records))
             gc.collect()
-            ratios = ", ".join(f"{task} {row.ratio(task):.1f}x" for task in TASKS)
-            print(
-                f"{number}/{len(wanted)} {model}: {ratios}, of at most {row.most('decode'):.1f}x", flush=True
-            )
+            ratios = (f"{task} {row.ratio(task):.1f}x of at most {row.most(task):.1f}x" for task in TASKS)
+            print(f"{number}/{len(wanted)} {model}: {', '.join(ratios)}", flush=True)
     if options.rows_only:
         return 0
     options.out.write_text(document(rows, setting, options.threads))

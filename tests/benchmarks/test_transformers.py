@@ -56,12 +56,12 @@ def test_a_stopped_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not kept.exists()
 
 
-def test_the_limit_of_decoding_reads_the_weights_of_one_token() -> None:
+def test_limits_are_the_products_of_the_linear_layers() -> None:
     hybrid = next(model for model in MODELS if model.module == "lfm2")
     model = hybrid.build()
-    decode = benchmark._Decode(model, torch.randint(1, 61, (1, 8)), 3)
-    token = decode.sample(1)
-    with benchmark._WeightsRead(model) as read:
+    token = benchmark._Decode(model, torch.randint(1, 61, (1, 8)), 3).sample(1)
+    with benchmark._Products(model) as products:
         token()
-    expected = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-    assert sum(matrix.numel() for matrix in read.matrices()) == expected
+    linear = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert products.numbers() == sum(weight.numel() + weight.shape[1] for weight in linear)
+    products.again()
