@@ -13,7 +13,6 @@ import numpy as np
 from benchmarks.paper_plan import Folder, Plan, append_line, read_lines
 from star.genome import Genome
 from star.search.corpus import CorpusRecord
-from star.search.evaluate import evaluate as evaluate_candidate
 from star.search.front import candidates
 from star.search.gpus import Placement
 from star.search.layouts import BASELINES
@@ -22,9 +21,9 @@ from star.search.ranking import fronts
 from star.search.store import Evaluation
 from star.search.workers import Engine, LocalEngine, Task
 
-__all__ = ["Longer", "best", "engine_of", "evaluate", "layouts", "read_longer", "retrain"]
+__all__ = ["Longer", "best", "engine_of", "layouts", "read_longer", "retrain"]
 
-EVALUATOR = "benchmarks.paper_retrain:evaluate"
+EVALUATOR = "star.fidelity.retrain:retrain"
 
 Retrained = dict[str, dict[int, dict[str, Any]]]
 """Results by genome and seed, as star.search.results describes them."""
@@ -62,25 +61,14 @@ def best(
 # ---- training ------------------------------------------------------------------------------------------
 
 
-def evaluate(
-    genome_text: str, settings: dict[str, Any], candidate_id: int, weights_path: str | None
-) -> dict[str, Any]:
-    """An evaluator for `star.search.workers`: as `star.search.evaluate`, with the seed in the candidate's id.
-
-    Args:
-        settings: those of a search, under "corpus" the text, under "seeds" how many seeds there are.
-        candidate_id: a multiple of "seeds", plus the seed that is added to the proxy's.
-    """
-    given = dict(settings)
-    seed = candidate_id % given.pop("seeds")
-    given["proxy"] = {**given["proxy"], "seed": given["proxy"]["seed"] + seed}
-    return evaluate_candidate(genome_text, given, candidate_id, weights_path)
-
-
 def engine_of(folder: Folder, plan: Plan, corpus: CorpusRecord, placement: Placement) -> Engine:
     """Workers for `retrain`; they start when they are first needed, and stay."""
     settings = plan.longer_settings()
-    given = {**settings.to_json(), "corpus": asdict(corpus), "seeds": plan.seeds}
+    given = {
+        **settings.to_json(),
+        "corpus": asdict(corpus),
+        "seeds": [settings.proxy.seed + seed for seed in range(plan.seeds)],
+    }
     given["model"] = {**given["model"], "vocab_size": corpus.vocab_size}
     threads = settings.proxy.threads or 1
     return LocalEngine(

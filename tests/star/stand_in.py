@@ -1,6 +1,9 @@
-"""Small settings, and a small model with what training asks of one: `hidden` and `head_weight`."""
+"""Small settings, a small text, and a small model with what a training asks: `hidden` and `head_weight`."""
 
 from __future__ import annotations
+
+import random
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -38,3 +41,16 @@ class StandIn(nn.Module):
         for layer in self.layers:
             x = x + torch.tanh(layer(x))
         return x
+
+
+def write_texts(folder: Path, count: int = 40, size: int = 900, seed: int = 0) -> Path:
+    """`count` different documents of about `size` bytes of words."""
+    rng = random.Random(seed)
+    words = ["alpha", "beta", "gamma", "the cat", "straße", "\n"]
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        text = f"{i} "
+        while len(text) < size:
+            text += rng.choice(words) + " "
+        (folder / f"{i:04d}.txt").write_text(text)
+    return folder

@@ -17,24 +17,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stand_in import write_texts
 from test_data_tokenization import write_tokenizer
 
 from star.data import Corpus, DataError, default_cache_directory, load_corpus, open_corpus
 
 ENTRY_FILES = ("corpus.json", "train.bin", "validation.bin")
-
-
-def write_texts(folder: Path, count: int = 40, size: int = 900, seed: int = 0) -> Path:
-    """`count` different documents of about `size` bytes of words."""
-    rng = random.Random(seed)
-    words = ["alpha", "beta", "gamma", "the cat", "straße", "\n"]
-    folder.mkdir(exist_ok=True)
-    for i in range(count):
-        text = f"{i} "
-        while len(text) < size:
-            text += rng.choice(words) + " "
-        (folder / f"{i:04d}.txt").write_text(text)
-    return folder
 
 
 @pytest.fixture

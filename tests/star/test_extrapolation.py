@@ -8,31 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from stand_in import CONFIG, SETTINGS, StandIn
-from test_data_corpus import write_texts
 
-from star.data import Corpus, open_corpus
+from star.data import Corpus
 from star.extrapolation import evaluation_steps, extrapolate, quality_of
 from star.genome import Genome
 from star.optimizer import learning_rate
 from star.proxy import CurvePoint, Outcome, ProxySettings, train_candidate
 
 GENOME = Genome.parse("11111-91111")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    folder = tmp_path_factory.mktemp("corpus")
-    return open_corpus(write_texts(folder / "texts"), cache_directory=folder)
 
 
 def varied(**changes: Any) -> ProxySettings:

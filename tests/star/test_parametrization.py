@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from stand_in import CONFIG, SETTINGS, StandIn
-from test_data_corpus import write_texts
 from torch import Tensor
 
 from star import pools
 from star.config import ModelConfig
-from star.data import Corpus, open_corpus
+from star.data import Corpus
 from star.genome import Genome
 from star.model import StarModel, build_model
 from star.optimizer import AdamW
@@ -24,17 +23,6 @@ from star.training import Training
 BASE = 16
 MUP = replace(SETTINGS, parametrization="mup", base_width=BASE)
 GENOME = Genome.parse("11111-91111-31111-71111-81111-91111")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    folder = tmp_path_factory.mktemp("corpus")
-    return open_corpus(write_texts(folder / "texts"), cache_directory=folder)
 
 
 def at_width(width: int) -> ModelConfig:

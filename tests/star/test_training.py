@@ -11,8 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from stand_in import CONFIG, SETTINGS, StandIn
-from test_data_corpus import write_texts
+from stand_in import CONFIG, SETTINGS, StandIn, write_texts
 from torch import nn
 
 from star import weights
@@ -24,17 +23,6 @@ from star.proxy import Progress, train_candidate
 from star.training import evaluate, train_model
 
 GENOME = Genome.parse("11111-91111")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    folder = tmp_path_factory.mktemp("corpus")
-    return open_corpus(write_texts(folder / "texts"), cache_directory=folder)
 
 
 # The optimizer
