@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from benchmarks import gpu_models
 
-OPERATORS = ("glu", "gated_long_conv", "gru_scan", "linear_cross_entropy")
+OPERATORS = ("glu", "rms_norm")
 STEP = "linear_scan_step"
 
 
@@ -37,7 +37,7 @@ def test_the_whole_path_runs_in_the_interpreter(tmp_path: Path) -> None:
     assert set(results["first_calls"]["warm"]) == set(OPERATORS)
     text = (tmp_path / "triton-s-interpreter.md").read_text()
     assert "nothing about speed" in text
-    assert "665x reference" in text
+    assert "90% of a copy" in text
 
 
 @pytest.mark.parametrize(("name", "batch"), [("StripedMamba", 1), ("LFM2", 64)])

@@ -118,7 +118,8 @@ class LargestResult(TorchDispatchMode):
 
 @pytest.mark.parametrize("backend", dispatch.available("linear_cross_entropy", torch.zeros(1)))
 def test_all_logits_are_never_there_at_once(backend: str) -> None:
-    rows, width, classes = 1024, 64, 4096
+    # Triton's interpreter takes seconds for what the others do in no time.
+    rows, width, classes = (256, 16, 1024) if backend == "triton" else (1024, 64, 4096)
     x = torch.randn(rows, width, requires_grad=True)
     weight = torch.randn(classes, width, requires_grad=True)
     targets = torch.randint(classes, (rows,))
