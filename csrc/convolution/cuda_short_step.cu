@@ -14,7 +14,8 @@ struct ShortStepCall {
   int taps;
   bool silu;
   Rows x, b, c, y;  // one row a sequence; b and c have no data where there are no gates
-  Rows state;       // (B, K-1, D)
+  Rows state;       // (B, K-1, D), of any strides
+  int64_t state_channel_stride;
   Weight weight, bias;
 };
 
@@ -72,13 +73,13 @@ __global__ void __launch_bounds__(threads) short_step_kernel(ShortStepCall call)
   }
 }
 
-// Any number of taps, and rows of any alignment: a thread takes one channel.
+// Any number of taps, rows of any alignment, states of any strides: a thread takes one channel.
 template <class T>
 __global__ void __launch_bounds__(threads) general_short_step_kernel(ShortStepCall call) {
   const int64_t d = blockIdx.x * static_cast<int64_t>(threads) + threadIdx.x;
   if (d >= call.width) return;
   for (int64_t batch = blockIdx.y; batch < call.batch; batch += gridDim.y) {
-    T* state = call.state.row<T>(batch, 0) + d;
+    T* state = call.state.row<T>(batch, 0) + d * call.state_channel_stride;
     float u[1], sum[1];
     newest<T, 1>(call, batch, d, u, sum);
     for (int k = 0; k < call.taps - 1; ++k) {
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(threads) general_short_step_kernel(ShortStepCa
 template <class T>
 void run(const ShortStepCall& call, const OnDevice& on) {
   constexpr int N = 16 / sizeof(T);
-  bool packs = taps_take_fours(call.weight) && taps_take_fours(call.bias);
+  bool packs = taps_take_fours(call.weight) && taps_take_fours(call.bias) && call.state_channel_stride == 1;
   for (const Rows& rows : {call.x, call.b, call.c, call.y, call.state})
     packs = packs && rows_take_packs(rows, call.width, sizeof(T), N);
   const unsigned sequences = static_cast<unsigned>(call.batch < 65535 ? call.batch : 65535);
@@ -117,7 +118,6 @@ Tensor step(const OptionalTensor& b, const OptionalTensor& c, const Tensor& x, c
   STD_TORCH_CHECK(taps >= 1 && taps <= INT32_MAX, "weight must have at least one tap");
   arguments.check(state, "state", {batch, taps - 1, width});
   check_dtype(state, "state", x.scalar_type());
-  STD_TORCH_CHECK(width <= 1 || taps < 2 || state.stride(2) == 1, "state's last dimension must be contiguous");
   ShortStepCall call{batch, width, static_cast<int>(taps), silu};
   call.x = arguments.rows(x, "x", {batch, width});
   call.b = arguments.rows(b, "b", {batch, width});
@@ -125,6 +125,7 @@ Tensor step(const OptionalTensor& b, const OptionalTensor& c, const Tensor& x, c
   call.weight = arguments.weight(weight, "weight", {width, taps});
   call.bias = arguments.weight(bias, "bias", {width});
   call.state = rows_of(state);
+  call.state_channel_stride = state.stride(2);
   Tensor y = empty_like_shape(x, {batch, width});
   call.y = rows_of(y);
   const OnDevice on(x);

@@ -190,8 +190,7 @@ def short_conv_step(
 
     Args:
         x: (B, D).
-        state: (B, K-1, D) in x's dtype, the last inputs, oldest first; changed in place. On a CPU any
-            strides, elsewhere the last dimension is contiguous.
+        state: (B, K-1, D) in x's dtype, the last inputs, oldest first; changed in place. Of any strides.
         weight, bias, activation, backend: as in :func:`short_conv`.
 
     Returns:

@@ -142,8 +142,9 @@ def causal_conv1d_update(
         conv_state[:, :, :older] = conv_state[:, :, 1 : older + 1].clone()
     state = conv_state.narrow(2, older, past).transpose(1, 2)
     if one_by_one:
-        # Channels come first in this state, last in ours: the C++ step takes it as it lies, others a copy.
-        inputs = state if answers("short_conv_step", hidden_states) == "cpp" else state.contiguous()
+        # Channels come first in this state, last in ours: compiled steps take it as it lies, others a copy.
+        compiled = answers("short_conv_step", hidden_states) in ("cpp", "cuda")
+        inputs = state if compiled else state.contiguous()
         y = star_kernels.short_conv_step(hidden_states.select(2, 0), inputs, weight, bias, activation=act)
         if inputs is not state:
             state.copy_(inputs)
