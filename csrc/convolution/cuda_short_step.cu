@@ -73,19 +73,21 @@ __global__ void __launch_bounds__(threads) short_step_kernel(ShortStepCall call)
   }
 }
 
-// Any number of taps, rows of any alignment, states of any strides: a thread takes one channel.
+// Any number of taps, rows of any alignment, states of any strides: a thread takes one channel. The second launch
+// bound leaves 64 registers; without it the compiler aims at fewer, and spills.
 template <class T>
-__global__ void __launch_bounds__(threads) general_short_step_kernel(ShortStepCall call) {
+__global__ void __launch_bounds__(threads, 16) general_short_step_kernel(ShortStepCall call) {
   const int64_t d = blockIdx.x * static_cast<int64_t>(threads) + threadIdx.x;
   if (d >= call.width) return;
   for (int64_t batch = blockIdx.y; batch < call.batch; batch += gridDim.y) {
-    T* state = call.state.row<T>(batch, 0) + d * call.state_channel_stride;
+    T* row = call.state.row<T>(batch, 0) + d * call.state_channel_stride;
     float u[1], sum[1];
     newest<T, 1>(call, batch, d, u, sum);
     for (int k = 0; k < call.taps - 1; ++k) {
-      T* row = state + k * call.state.row_stride;
+      T* next = row + call.state.row_stride;
       sum[0] += call.weight[d * call.taps + k] * to_float(*row);
-      *row = k < call.taps - 2 ? row[call.state.row_stride] : from_float<T>(u[0]);
+      *row = k < call.taps - 2 ? *next : from_float<T>(u[0]);
+      row = next;
     }
     sum[0] += call.weight[d * call.taps + call.taps - 1] * u[0];
     finish<T, 1>(call, batch, d, sum);
