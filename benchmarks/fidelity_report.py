@@ -308,7 +308,7 @@ def _noise(plan: Plan, records: Records) -> list[str]:
     for place, first in enumerate(seeds):
         for second in seeds[place + 1 :]:
             both = sorted(by_seed[first].keys() & by_seed[second].keys())
-            if len(both) > 1:
+            if 2 * len(both) >= len(plan.truth.genomes):
                 columns = [[by_seed[seed][genome] for genome in both] for seed in (first, second)]
                 taus.append(kendall_tau(*columns))
     for genome in map(str, plan.truth.genomes):
@@ -316,7 +316,7 @@ def _noise(plan: Plan, records: Records) -> list[str]:
         if len(values) > 1:
             spreads.append(statistics.variance(values))
     if not taus or not spreads:
-        return ["Seed noise of the truth: needs a second seed."]
+        return ["Seed noise of the truth: needs a second seed of half of the genomes."]
     all_values = list(true_quality(plan, records).values())
     return [
         f"Seed noise of the truth: two single seeds agree with tau {min(taus):.3f} to {max(taus):.3f}; a "
