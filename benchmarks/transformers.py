@@ -318,7 +318,7 @@ def document(rows: Sequence[Row], setting: Setting, threads: int) -> str:
         "",
         "Remade by `python -m benchmarks.transformers`. Random weights, float32, batch 1, "
         f"{setting.length} tokens, {setting.tokens} tokens decoded after them; medians of samples taken in "
-        f"turns within one run, {threads} threads of {_processor()}, torch {torch.__version__}, transformers "
+        f"turns, {threads} threads of {_processor()}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}. Measuring took {sum(row.took for row in rows):.0f} s. Without: "
         "transformers' own PyTorch forms; with: after `star_kernels.integrations.transformers.enable()`. "
         "At most: the ratio of a form that made nothing but the matrix products of the linear layers and "
