@@ -249,6 +249,10 @@ def _check_step(call: Contract, state: Tensor, weight: Tensor, bias: Tensor | No
     call.at_least("K", 1)
     call.optional_parameter("bias", bias, "D")
     call.tensor("state", state, "B K-1 D")
+    if min(state.shape[1:], default=0) > 0 and state.shape[2] > 1 and state.stride(2) == 0:
+        raise ValueError(
+            f"{call.function}: state is expanded along D; it takes memory of its own for each channel"
+        )
 
 
 @dispatch.compiled_step

@@ -294,3 +294,10 @@ def test_a_wrong_state_is_named() -> None:
         sk.long_conv_step(x, torch.zeros(2, 4, 8), weight, position=torch.zeros(3, dtype=torch.int32))
     with pytest.raises(TypeError, match=r"position has dtype torch\.float32"):
         sk.long_conv_step(x, torch.zeros(2, 4, 8), weight, position=torch.tensor(1.0))
+
+
+def test_a_state_whose_channels_share_memory_is_refused() -> None:
+    x, weight = torch.randn(2, 4), torch.randn(4, 3)
+    state = torch.zeros(2, 2, 1).expand(2, 2, 4)
+    with pytest.raises(ValueError, match="state"):
+        sk.short_conv_step(x, state, weight)
