@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 
@@ -22,6 +23,10 @@ if EMULATED:
 # Without a GPU the Triton kernels are tested in Triton's interpreter, which must be chosen before the import.
 elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton"):
+        from tests.interpreter import quicken
+
+        quicken()
 
 # A shell's background jobs, and what they start, ignore Ctrl-C; tests that send it expect that it arrives.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
