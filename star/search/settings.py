@@ -324,20 +324,33 @@ def _require_number(name: str, value: object, *, above: float | None, at_most: f
 
 # Sizes by purpose: minutes on two cores; an evening on a laptop; the paper's own, which needs accelerators.
 # The small ones are our own: for the same time, many small steps at a learning rate of about 0.5 / width
-# brought candidates further, and further apart, than a few large ones.
+# brought candidates further, and further apart, than a few large ones. Schedule and steps of the small ones are
+# those of benchmarks/results/fidelity.md that order genomes as the best choice there does, for the least time.
 PRESETS: dict[str, SearchSettings] = {
     "demo": SearchSettings(
         population=8,
         generations=5,
         model=ModelConfig(width=64, head_dim=16),
         proxy=ProxySettings(
-            steps=120, batch_size=2, length=128, learning_rate=8e-3, warmup_steps=12, threads=1
+            steps=80,
+            batch_size=2,
+            length=128,
+            learning_rate=8e-3,
+            warmup_steps=8,
+            threads=1,
+            schedule="constant",
         ),
     ),
     "laptop": SearchSettings(
         model=ModelConfig(width=128, head_dim=32),
         proxy=ProxySettings(
-            steps=80, batch_size=2, length=128, learning_rate=4e-3, warmup_steps=8, threads=1
+            steps=80,
+            batch_size=2,
+            length=128,
+            learning_rate=4e-3,
+            warmup_steps=8,
+            threads=1,
+            schedule="constant",
         ),
     ),
     "paper": SearchSettings(
