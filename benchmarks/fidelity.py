@@ -37,12 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = _arguments(arguments)
     try:
         plan = quick_plan() if chosen.quick else full_plan()
+        if chosen.report_only and (missing := [path for path in chosen.records if not path.exists()]):
+            raise RecordError(f"{missing[0]} does not exist, --report-only takes records that do")
         records = read(chosen.records, plan)
         if not chosen.report_only:
             train(plan, records, chosen)
         from benchmarks.fidelity_report import report
 
         text = report(plan, records, chosen.minutes, rounds=100 if chosen.quick else 2000)
+        chosen.table.parent.mkdir(parents=True, exist_ok=True)
         write_csv(records.values(), chosen.table)
         chosen.report.parent.mkdir(parents=True, exist_ok=True)
         chosen.report.write_text(text, encoding="utf-8")
@@ -172,11 +175,14 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=25.0, help="processor time for all proxies together")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--data", nargs="*", default=[], help="text, as for star search")
-    parser.add_argument("--report", type=Path, default=REPORT)
-    parser.add_argument("--table", type=Path, default=TABLE)
+    parser.add_argument("--report", type=Path, help=f"by default {REPORT}")
+    parser.add_argument("--table", type=Path, help=f"by default {TABLE}")
     parser.add_argument("--report-only", action="store_true")
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="tiny, written beside the records by default")
     chosen = parser.parse_args(arguments)
+    beside = chosen.records[0].parent
+    chosen.report = chosen.report or (beside / "fidelity.md" if chosen.quick else REPORT)
+    chosen.table = chosen.table or (beside / "fidelity.csv" if chosen.quick else TABLE)
     if chosen.workers < 1 or not chosen.minutes >= 0:
         parser.error("--workers takes at least 1, --minutes at least 0")
     return chosen

@@ -65,7 +65,6 @@ class Plan:
     choices: tuple[Choice, ...]
     transfer: tuple[str, ...]
     rates: tuple[float, ...]
-    reference: str
 
     @property
     def truth(self) -> Training:
@@ -163,7 +162,6 @@ def _plan(
         tuple(_choices(trainings, halves, constant, steps)),
         tuple(item.name for item in transfer),
         rates,
-        f"cosine {middle}",
     )
 
 

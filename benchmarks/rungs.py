@@ -11,11 +11,13 @@ generations are taken as they were recorded: a stopped candidate would have had 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from star.search.budgets import judged
+from star.search.errors import RunError
 from star.search.front import front
 from star.search.objectives import find
 from star.search.rungs import bars
@@ -129,15 +131,20 @@ def _named(rungs: tuple[float, ...]) -> str:
     return f"{rungs[0]:g} to {rungs[-1]:g}, {len(rungs)} of them"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args(arguments)
-    text = document([read(path) for path in given.runs])
-    given.out.write_text(text, encoding="utf-8")
+    try:
+        text = document([read(path) for path in given.runs])
+        given.out.write_text(text, encoding="utf-8")
+    except (RunError, ValueError, OSError) as error:
+        print(f"benchmarks.rungs: {error}", file=sys.stderr)
+        return 2
     print(text)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

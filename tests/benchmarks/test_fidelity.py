@@ -14,7 +14,9 @@ from benchmarks.fidelity_plan import TRUTH, Plan, draw_genomes, full_plan, quick
 from benchmarks.fidelity_records import Key, Record, RecordError, from_line, read, to_line, write_csv
 from benchmarks.fidelity_report import (
     Rating,
+    _conclusion,
     costs,
+    is_default,
     on_front,
     proxy_quality,
     rate,
@@ -128,6 +130,12 @@ def test_damaged_and_foreign_records_are_one_line(
     assert len(error.splitlines()) == 1
 
 
+def test_a_report_of_nothing_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fidelity.main(["--quick", "--report-only", "--records", str(tmp_path / "none.jsonl")]) == 2
+    assert "none.jsonl does not exist" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_damaged_table_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "records.csv"
     path.write_text("a,b\n1,2\n")
@@ -208,17 +216,45 @@ def test_rank_correlations_of_known_orders() -> None:
     assert ratings["cosine, 6 steps"].mutants == -1
     # Five of the six in order, the last genome first: 10 pairs agree, 5 do not.
     assert ratings["constant, 2 steps"].tau == pytest.approx((10 - 5) / 15)
-    assert ratings["constant, 2 steps"].difference == pytest.approx(1 / 3 + 1)
+    best = [item for item in ratings.values() if item.best]
+    assert best == [ratings["constant, 8 steps"]]
+    assert ratings["constant, 2 steps"].behind == pytest.approx(1 - 1 / 3)
+    assert ratings["cosine, 6 steps"].behind == 2
+    assert not ratings["cosine, 6 steps"].as_good
+    assert ratings["constant, 8 steps"].as_good
     assert ratings["constant, 8 steps"].tau == 1
     assert ratings["constant, 8 steps"].interval == (1, 1)
     assert ratings["constant, 2 steps"].per_second == pytest.approx(1 / 3 / 0.9)
     assert math.isnan(ratings["parameter count alone (more is better)"].per_second)
 
 
-def test_the_front_of_time_and_tau() -> None:
-    def rating(name: str, seconds: float, tau: float) -> Rating:
-        return Rating(name, 6, seconds, tau, (0, 1), 0.0, 0.0, (0, 0))
+def rating(name: str, seconds: float, tau: float, **changes: object) -> Rating:
+    return replace(Rating(name, 6, seconds, tau, (0, 1), 0.0, 0.0, (0, 0)), **changes)
 
+
+def test_the_winner_is_the_cheapest_that_is_not_told_from_the_best() -> None:
+    found = [
+        rating("size", 0, 0.9, behind_interval=(-1, 1)),
+        rating("few", 0.5, 0.95, behind_interval=(-1, 1), genomes=5),
+        rating("short", 1, 0.3, behind_interval=(0.1, 0.5), default=True),
+        rating("middle", 2, 0.5, behind_interval=(-0.1, 0.2)),
+        rating("long", 4, 0.6, best=True),
+    ]
+    text = "\n".join(_conclusion(found))
+    assert (
+        "Highest tau: long (0.600). Highest tau a second: short (0.300). **Winner: middle** (0.500)." in text
+    )
+    assert "The default is another: short (0.300)." in text
+    found[3] = replace(found[3], default=True)
+    found[2] = replace(found[2], default=False)
+    assert "The default is another" not in "\n".join(_conclusion(found))
+
+
+def test_the_default_of_a_search_is_a_choice() -> None:
+    assert [choice.name for choice in full_plan().choices if is_default(choice)] == ["constant, 80 steps"]
+
+
+def test_the_front_of_time_and_tau() -> None:
     found = [rating("a", 1, 0.5), rating("b", 2, 0.4), rating("c", 3, 0.9), rating("d", 3, 0.9)]
     assert on_front(found) == {"a", "c", "d"}
 
@@ -240,8 +276,7 @@ def test_it_trains_goes_on_and_reports(
 ) -> None:
     monkeypatch.setenv("STAR_CACHE", str(tmp_path / "cache"))
     records, table, page = tmp_path / "records.jsonl", tmp_path / "records.csv", tmp_path / "fidelity.md"
-    arguments = ["--quick", "--data", str(text), "--records", str(records), "--report", str(page)]
-    arguments += ["--table", str(table)]
+    arguments = ["--quick", "--data", str(text), "--records", str(records), "--table", str(table)]
     assert fidelity.main([*arguments, "--minutes", "0"]) == 0  # no proxy has any time, the truth is trained
     assert {json.loads(line)["choice"] for line in records.read_text().splitlines()} == {TRUTH}
     assert "12 of 12 of the truth's trainings" in page.read_text()
