@@ -15,6 +15,7 @@ One row a genome, conditions, seed and device. Columns:
     NAME         one column an objective, empty where it was not measured: quality, size, cache, flops, …
     curve        the learning curve as JSON, rows of (step, training, held-out or null) in bits per byte
     settings     the conditions as JSON
+    checksum     of all that the row says (`checksum_of`); files from before there was one are read without
 
 A table may come from someone else: everything that is read is checked.
 """
@@ -36,13 +37,15 @@ from typing import Any
 from star.genome import Genome, GenomeError
 from star.profile.table import ProfileTable
 from star.search.errors import RunError
-from star.search.objectives import OBJECTIVES
+from star.search.objectives import OBJECTIVES, find
 from star.search.settings import SearchSettings
 from star.search.store import Evaluation, RunStore, canonical_json
 
 __all__ = [
     "Row",
     "TableDamaged",
+    "checksum_of",
+    "conditions_name",
     "conditions_of",
     "device_label",
     "extend",
@@ -55,7 +58,10 @@ __all__ = [
 SUFFIXES = (".parquet", ".csv")
 FIXED = ("genome", "depth", "conditions", "seed", "device", "origin", "status", "reason", "seconds")
 TEXTS = ("curve", "settings")
+CHECKSUM = "checksum"
 _BYTES_AT_MOST = 1 << 30
+_RANGES = {"quality": (0.0, 100.0), "recall": (0.0, 1.0)}  # a guess at random takes 8 bits per byte
+_LARGEST = 1e18  # of anything else: sizes, bytes, times
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_@")  # @ as in ttft@32768
 
 
@@ -93,6 +99,21 @@ class Row:
         return (*self.training, self.device)
 
 
+def checksum_of(row: Row) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of the row's canonical JSON.
+
+    Of values and not of bytes: equal rows have equal checksums in every format, whatever columns others have.
+    """
+    plain = {
+        **vars(row),
+        "seconds": _finite(row.seconds),
+        "objectives": {name: _finite(value) for name, value in row.objectives.items()},
+        "curve": list(row.curve),
+        "settings": dict(row.settings),
+    }
+    return hashlib.sha256(canonical_json(plain).encode()).hexdigest()[:16]
+
+
 # ---- from runs -----------------------------------------------------------------------------------------
 
 
@@ -103,6 +124,11 @@ def conditions_of(settings: SearchSettings, corpus_key: str) -> dict[str, Any]:
         name: value for name, value in plain["proxy"].items() if name not in ("seed", "threads", "device")
     }
     return {"model": plain["model"], "proxy": proxy, "recall": plain["recall"], "corpus": corpus_key}
+
+
+def conditions_name(conditions: Mapping[str, Any]) -> str:
+    """The column `conditions` of rows with these settings."""
+    return hashlib.sha256(canonical_json(dict(conditions)).encode()).hexdigest()[:12]
 
 
 def rows_of_run(run: Path) -> list[Row]:
@@ -120,7 +146,7 @@ def rows_of_run(run: Path) -> list[Row]:
         raise RunError(f"{run} has evaluated no candidate yet: there is nothing to add to a table")
     key = str(data.get("key")) if isinstance(data, dict) else ""
     conditions = conditions_of(settings, key)
-    name = hashlib.sha256(canonical_json(conditions).encode()).hexdigest()[:12]
+    name = conditions_name(conditions)
     device = "" if settings.profile is None else device_label(settings.profile)
     return [
         _row(item, name, conditions, settings.proxy.seed, device) for item in evaluations if not item.stopped
@@ -133,7 +159,7 @@ def device_label(table: ProfileTable) -> str:
 
 
 def _row(item: Evaluation, name: str, conditions: Mapping[str, Any], seed: int, device: str) -> Row:
-    return Row(
+    row = Row(
         genome=item.key,
         conditions=name,
         seed=seed,
@@ -146,6 +172,16 @@ def _row(item: Evaluation, name: str, conditions: Mapping[str, Any], seed: int, 
         settings=conditions,
         device=device,
     )
+    return without_absurd_values(row)
+
+
+def without_absurd_values(row: Row) -> Row:
+    """The row, or a failed one if a value is out of its range: a training that went astray without a NaN."""
+    try:
+        _require_ranges(row.objectives)
+    except ValueError as error:
+        return replace(row, status="failed", reason=str(error), objectives={})
+    return row
 
 
 def extend(path: Path, rows: Iterable[Row]) -> tuple[list[Row], int]:
@@ -201,17 +237,19 @@ def columns_of(rows: Iterable[Row]) -> list[str]:
     """Names of all columns: the fixed ones, the objectives that any row has, the long texts."""
     found = {name for row in rows for name in row.objectives}
     ordered = [name for name in OBJECTIVES if name in found] + sorted(found - OBJECTIVES.keys())
-    return [*FIXED, *ordered, *TEXTS]
+    return [*FIXED, *ordered, *TEXTS, CHECKSUM]
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
     """Write the table whole, or leave what is there. Equal rows give equal bytes.
 
     Raises:
-        ValueError: the name ends in neither .parquet nor .csv.
+        ValueError: the name ends in neither .parquet nor .csv, or a row that `read` would refuse.
         OSError: it can not be written.
     """
     require_suffix(path)
+    for row in rows:
+        _require_sound(row)
     columns = columns_of(rows)
     plain = [_to_plain(row, columns) for row in rows]
     data = _csv_bytes(columns, plain) if path.suffix == ".csv" else _parquet_bytes(columns, plain)
@@ -268,6 +306,7 @@ def _to_plain(row: Row, columns: Sequence[str]) -> dict[str, Any]:
         "seconds": _finite(row.seconds),
         "curve": canonical_json(list(row.curve)),
         "settings": canonical_json(dict(row.settings)),
+        CHECKSUM: checksum_of(row),
     }
     # As they are read back, so that a file does not change by being read and written.
     measured = {name: _finite(value) for name, value in row.objectives.items()}
@@ -280,6 +319,8 @@ def _to_row(path: Path, number: int, record: Mapping[str, Any]) -> Row:
     try:
         genome = Genome.parse(record["genome"]).require_valid()
         curve, settings = json.loads(record["curve"]), json.loads(record["settings"])
+        if not isinstance(curve, list):
+            raise ValueError("its curve is no list")
         row = Row(
             genome=record["genome"],
             conditions=record["conditions"],
@@ -291,7 +332,7 @@ def _to_row(path: Path, number: int, record: Mapping[str, Any]) -> Row:
             objectives={
                 name: _finite(value)
                 for name, value in record.items()
-                if name not in FIXED and name not in TEXTS and value not in (None, "")
+                if name not in (*FIXED, *TEXTS, CHECKSUM) and value not in (None, "")
             },
             curve=tuple(curve),
             settings=settings,
@@ -299,14 +340,35 @@ def _to_row(path: Path, number: int, record: Mapping[str, Any]) -> Row:
         )
         if genome.key != row.genome or int(record["depth"]) != genome.depth:
             raise ValueError("its genome is not in canonical form, or of another depth")
-        if row.status not in ("ok", "failed") or row.ok == (not row.objectives) or not row.conditions:
-            raise ValueError(f"its status {row.status!r} does not fit its values")
-        if not isinstance(curve, list) or not isinstance(settings, dict):
-            raise ValueError("its curve is no list or its settings are no object")
-    except (GenomeError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        _require_sound(row)
+        if CHECKSUM in record and record[CHECKSUM] != checksum_of(row):
+            raise ValueError(f"its checksum is {record[CHECKSUM]!r}, that of its values {checksum_of(row)!r}")
+    except (GenomeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TableDamaged(f"{where}: {reason}") from error
+    except RecursionError as error:
+        raise TableDamaged(f"{where}: its curve or settings are nested too deeply") from error
     return row
+
+
+def _require_sound(row: Row) -> None:
+    """Refuse, with ValueError, a row that no training gives."""
+    if row.status not in ("ok", "failed") or row.ok == (not row.objectives):
+        raise ValueError(f"its status {row.status!r} does not fit its values")
+    if not isinstance(row.settings, Mapping):
+        raise ValueError("its settings are no object")
+    if row.conditions != conditions_name(row.settings):
+        raise ValueError(f"its conditions {row.conditions!r} are not those of its settings")
+    if row.seed < 0 or row.seconds < 0:
+        raise ValueError(f"its seed is {row.seed} and its seconds {row.seconds}, takes 0 or more")
+    _require_ranges(row.objectives)
+
+
+def _require_ranges(objectives: Mapping[str, float]) -> None:
+    for name, value in objectives.items():
+        low, high = _RANGES.get(name, (-_LARGEST if find(name) is None else 0.0, _LARGEST))
+        if not low <= value <= high:
+            raise ValueError(f"{name} is {value!r}, takes {low:g} to {high:g}")
 
 
 def _finite(value: Any) -> float:
@@ -353,7 +415,7 @@ def _parquet_bytes(columns: Sequence[str], plain: Sequence[Mapping[str, Any]]) -
     from pyarrow import parquet
 
     kinds = {"depth": pyarrow.int32(), "seed": pyarrow.int64()}
-    texts = {"genome", "conditions", "device", "origin", "status", "reason", *TEXTS}
+    texts = {"genome", "conditions", "device", "origin", "status", "reason", *TEXTS, CHECKSUM}
     schema = pyarrow.schema(
         [
             (name, kinds.get(name, pyarrow.string() if name in texts else pyarrow.float64()))
@@ -379,10 +441,10 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     data = path.read_bytes()
     try:
         table = parquet.read_table(io.BytesIO(data))
-        _check_columns(path, table.column_names)
         rows: list[dict[str, Any]] = table.to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError, ArithmeticError, LookupError) as error:
         # What pyarrow can not make sense of is an OSError too; the file itself has been read by now.
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TableDamaged(f"table {path} is no Parquet file or damaged: {line}") from error
+    _check_columns(path, table.column_names)
     return rows

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +18,17 @@ from star import baselines, cost
 from star.comparison import replay
 from star.comparison import surrogate as surrogate_module
 from star.comparison.surrogate import Surrogate, cross_validate, feature_matrix, features, fidelity
-from star.comparison.table import Row, TableDamaged, conditions_of, extend, read, rows_of_run, write
+from star.comparison.table import (
+    Row,
+    TableDamaged,
+    checksum_of,
+    conditions_name,
+    conditions_of,
+    extend,
+    read,
+    rows_of_run,
+    write,
+)
 from star.config import ModelConfig
 from star.genome import Genome
 from star.search.algorithms import ALGORITHMS
@@ -51,7 +64,18 @@ def many(count: int, depth: int = 6) -> list[Row]:
     settings = small_settings()
     conditions = conditions_of(settings, "cd" * 32)
     return [
-        Row(genome.key, "c" * 12, 0, "random", "ok", "", 1.5, measured(genome), (), conditions)
+        Row(
+            genome.key,
+            conditions_name(conditions),
+            0,
+            "random",
+            "ok",
+            "",
+            1.5,
+            measured(genome),
+            (),
+            conditions,
+        )
         for genome in genomes(count, depth)
     ]
 
@@ -125,13 +149,17 @@ def damages() -> dict[str, tuple[str, str, str]]:
     """What is replaced in a CSV table, by what, and what the refusal says."""
     return {
         "column": ("genome,depth", "backbone,depth", "the column genome is missing"),
-        "strange column": ("curve,settings", "curve,settings,Curve", "'Curve'"),
+        "strange column": ("settings,checksum", "settings,checksum,Curve", "'Curve'"),
         "number": ("1.5,", "fast,", "row 1: could not convert"),
         "infinite": ("1.5,", "inf,", "row 1: 'inf' is no finite number"),
         "status": (",ok,", ",fine,", "row 1: its status 'fine'"),
         "depth": (",6,", ",7,", "row 1: its genome is not in canonical form, or of another depth"),
         "curve": ('"[[1,', '"[(1,', "row 1:"),
         "quote": ('"[[1,', "[[1,", "row 1 has not as many fields"),
+        "origin": (",random,", ",offspring,", "row 4: its checksum is"),
+        "point of a curve": ('"[[1,', '"[[2,', "row 1: its checksum is"),
+        "seed": (",0,", ",1,", "row 1: its checksum is"),
+        "setting": ('""width"":16', '""width"":17', "row 1: its conditions"),
     }
 
 
@@ -147,6 +175,85 @@ def test_damage_is_refused_in_one_line(rows: list[Row], tmp_path: Path, name: st
         read(path)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@formats
+def test_a_flipped_bit_is_refused_or_changes_nothing(rows: list[Row], tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"genomes{suffix}"
+    write(path, rows[:6])
+    whole, draws, refusals = path.read_bytes(), random.Random(0), []
+    for _ in range(60):
+        flipped, place = bytearray(whole), draws.randrange(8 * len(whole))
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            found = read(path)
+        except TableDamaged as error:
+            refusals.append(str(error))
+        else:
+            assert found == rows[:6], place
+    assert all(str(path) in line and "\n" not in line for line in refusals)
+    # Parquet has statistics and names that nobody reads.
+    assert len(refusals) >= (55 if suffix == ".csv" else 15)
+
+
+def test_checksums_are_of_the_values_alone(rows: list[Row], tmp_path: Path) -> None:
+    first = next(row for row in rows if row.ok)
+    as_floats = {name: float(value) for name, value in first.objectives.items()}
+    assert checksum_of(dataclasses.replace(first, objectives=as_floats)) == checksum_of(first)
+    scored = dataclasses.replace(rows[1], objectives={**rows[1].objectives, "recall": 0.25})
+    assert len({checksum_of(row) for row in (*rows, scored)}) == len(rows) + 1
+    for suffix in (".csv", ".parquet"):
+        write(tmp_path / f"genomes{suffix}", [first, scored])
+        assert [checksum_of(row) for row in read(tmp_path / f"genomes{suffix}")] == [
+            checksum_of(first),
+            checksum_of(scored),
+        ]
+
+
+def without_checksums(path: Path) -> None:
+    """The CSV table as it was written before rows had a checksum."""
+    records = list(csv.DictReader(io.StringIO(path.read_text(), newline="")))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [name for name in records[0] if name != "checksum"], extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(records)
+    path.write_text(text.getvalue())
+
+
+def test_tables_without_checksums_are_read_and_get_them(rows: list[Row], tmp_path: Path) -> None:
+    path = tmp_path / "genomes.csv"
+    write(path, rows)
+    whole = path.read_bytes()
+    without_checksums(path)
+    assert b"checksum" not in path.read_bytes()
+    assert extend(path, []) == (rows, 0)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("value", ["1e300", "100.5", "-0.5"])
+def test_no_text_takes_so_many_bits(rows: list[Row], tmp_path: Path, value: str) -> None:
+    path = tmp_path / "genomes.csv"
+    row = next(row for row in rows if row.ok)
+    write(path, [row])
+    without_checksums(path)
+    path.write_text(path.read_text().replace(f",{row.objectives['quality']},", f",{value},"))
+    with pytest.raises(TableDamaged, match=r"row 1: quality is .*, takes 0 to 100"):
+        read(path)
+    absurd = dataclasses.replace(row, objectives={**row.objectives, "quality": float(value)})
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="takes 0 to 100"):
+        write(path, [absurd])
+    assert path.read_bytes() == before
+
+
+def test_an_absurd_training_of_a_run_counts_as_failed(tmp_path: Path) -> None:
+    good, bad = (evaluation(id, genome, 0) for id, genome in enumerate(genomes(2)))
+    bad = dataclasses.replace(bad, objectives={**bad.objectives, "quality": 1e30})
+    rows = rows_of_run(record(tmp_path / "run", [good, bad]))
+    assert [row.status for row in rows] == ["ok", "failed"]
+    assert rows[1].reason == "quality is 1e+30, takes 0 to 100"
+    assert extend(tmp_path / "genomes.csv", rows) == (rows, 2)
 
 
 @formats

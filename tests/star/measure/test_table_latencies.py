@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from star import baselines
 from star.commands import app
 from star.comparison.latencies import with_latencies
-from star.comparison.table import Row, device_label, extend, read, write
+from star.comparison.table import Row, conditions_name, device_label, extend, read, write
 from star.genome import Genome
 from star.profile.predict import Predictor
 from star.profile.table import ProfileTable
@@ -30,7 +30,16 @@ def rows(count: int = 3) -> list[Row]:
     rng = np.random.default_rng(0)
     found = [baselines.lfm2(4).canonical(), *(Genome.random(4, rng).canonical() for _ in range(count - 1))]
     return [
-        Row(genome.key, "c" * 12, 0, "random", "ok", "", 1.5, {"quality": 2.0 + index, "size": 1000})
+        Row(
+            genome.key,
+            conditions_name({}),
+            0,
+            "random",
+            "ok",
+            "",
+            1.5,
+            {"quality": 2.0 + index, "size": 1000},
+        )
         for index, genome in enumerate(found)
     ]
 
