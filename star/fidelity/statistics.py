@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["bootstrap_interval", "kendall_tau", "probability_non_dominated"]
+__all__ = ["bootstrap_interval", "kendall_tau", "pooled_deviation", "probability_non_dominated"]
 
 Values = NDArray[np.float64]
 
@@ -83,6 +83,28 @@ def bootstrap_interval(
     tail = (1 - confidence) / 2
     low, high = np.quantile(defined, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def pooled_deviation(groups: Iterable[ArrayLike]) -> tuple[float, int]:
+    """The standard deviation within groups of one variance, and its degrees of freedom.
+
+    s² = Σ_groups Σ_i (x_i - x̄_group)² / Σ_groups (n_group - 1).
+
+    Args:
+        groups: (n,) finite numbers each; groups of fewer than two say nothing.
+
+    Returns:
+        (s, degrees of freedom); (NaN, 0) where no group has two values.
+
+    Raises:
+        ValueError: a group that is no column, or a value that is not finite.
+    """
+    columns = [column for column in (_column("group", group) for group in groups) if len(column) > 1]
+    degrees = sum(len(column) - 1 for column in columns)
+    if degrees == 0:
+        return math.nan, 0
+    squares = math.fsum(float(((column - column.mean()) ** 2).sum()) for column in columns)
+    return math.sqrt(squares / degrees), degrees
 
 
 def probability_non_dominated(

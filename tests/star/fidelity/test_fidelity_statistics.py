@@ -11,7 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
-from star.fidelity.statistics import bootstrap_interval, kendall_tau, probability_non_dominated
+from star.fidelity.statistics import (
+    bootstrap_interval,
+    kendall_tau,
+    pooled_deviation,
+    probability_non_dominated,
+)
 
 small = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=12)
 
@@ -122,3 +127,15 @@ def test_a_candidate_of_smallest_size_is_never_dominated() -> None:
 def test_wrong_arguments_are_named(call, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_pooled_deviation_is_by_hand() -> None:
+    # Squares about the means: 2 of one degree, 8 of two; a single value says nothing.
+    deviation, degrees = pooled_deviation([[1.0, 3.0], [0.0, 2.0, 4.0], [7.0], []])
+    assert deviation == pytest.approx(math.sqrt(10 / 3))
+    assert degrees == 3
+    nothing, none = pooled_deviation([[1.0], []])
+    assert math.isnan(nothing)
+    assert none == 0
+    with pytest.raises(ValueError, match="not finite"):
+        pooled_deviation([[1.0, math.inf]])
