@@ -48,9 +48,9 @@ class Rating:
         return self.tau / self.seconds if self.seconds else math.nan
 
     @property
-    def as_good(self) -> bool:
-        """Whether the genomes do not tell it from the best choice."""
-        return self.best or self.behind_interval[0] <= 0
+    def standard_error(self) -> float:
+        """Of tau, from its interval."""
+        return (self.interval[1] - self.interval[0]) / (2 * 1.96)
 
 
 def report(plan: Plan, records: Records, minutes: float, rounds: int = 2000) -> str:
@@ -306,26 +306,26 @@ def _number(value: float) -> str:
 
 
 def _conclusion(ratings: list[Rating]) -> list[str]:
-    """What follows from the table, by one rule: the default should be the cheapest of those that are as good
-    as the best."""
+    """What follows from the table."""
     most = max(item.genomes for item in ratings)
     trained = [item for item in ratings if item.seconds > 0 and item.genomes == most]
     if not trained:
         return []
     best = next(item for item in trained if item.best)
     quickest = max(trained, key=lambda item: item.per_second)
-    winner = min(
-        (item for item in trained if item.as_good), key=lambda item: (round(item.seconds, 2), -item.tau)
-    )
+    enough = [item for item in trained if item.tau >= best.tau - best.standard_error]
+    winner = min(enough, key=lambda item: (round(item.seconds, 2), -item.tau))
+    untold = min((item for item in trained if item.behind_interval[0] <= 0), key=lambda item: item.seconds)
     default = next((item for item in ratings if item.default), None)
     lines = [
-        "The rule: of the choices that the genomes do not tell from the one with the highest tau (the "
-        "interval of the difference, over the same resampled genomes, holds 0), the cheapest wins, of equal "
-        "cost that with the higher tau, and is what `star search` trains by default. The highest tau a "
-        "second would be no rule: it is that of the shortest training.",
+        "The winner is the cheapest choice within one standard error of the highest tau (the rule of Breiman "
+        "et al., Classification and Regression Trees, 1984), of equal cost that with the higher tau; `star "
+        f"search` trains so by default. By other rules: most tau a second, {quickest.name} "
+        f"({quickest.per_second:.3f}), as the shortest training always has; the cheapest that these genomes "
+        f"do not tell from the best with 95 % confidence, {untold.name} ({untold.tau:.3f}), which fewer "
+        "genomes would make cheaper still.",
         "",
-        f"Highest tau: {best.name} ({best.tau:.3f}). Highest tau a second: {quickest.name} "
-        f"({quickest.per_second:.3f}). **Winner: {winner.name}** ({winner.tau:.3f}).",
+        f"Highest tau: {best.name} ({best.tau:.3f}). **Winner: {winner.name}** ({winner.tau:.3f}).",
     ]
     if default is not None and default is not winner:
         lines[-1] += f" The default is another: {default.name} ({default.tau:.3f})."
