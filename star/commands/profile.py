@@ -62,9 +62,11 @@ def profile(
 ) -> None:
     """Measure a device once, LIV by LIV, and predict what a backbone takes there.
 
-    Untrained weights, real caches and kernels, one sequence. The table is kept for the next time.
+    Untrained weights, real caches and kernels, one sequence. A CPU takes minutes;
+    the table is kept in ~/.cache/star/profiles. One that is stopped begins anew.
 
-    [dim]star profile lfm2 --device cpu --context 4096 --measure[/dim]
+    [dim]star profile lfm2 --device cpu --measure[/dim]
+    [dim]star profile --device cuda --context 4096,32768 --out gpu.json[/dim]
     """
     if measure and target is None:
         raise BadInput("--measure takes a genome, a baseline's name or a run directory with it")
@@ -89,9 +91,12 @@ def profile(
             found = _table(given, table, anew)
         if out is not None:
             _write(found, out)
-    from star.commands.terminal import emit, screen
+    from star.commands.terminal import emit, say, screen
     from star.profile.predict import Predictor
 
+    warning = found.warning()
+    if warning is not None:
+        say(screen(True), f"Warning: {warning}", "yellow")
     if shown is None:
         if as_json:
             emit(found.to_json())

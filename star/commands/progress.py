@@ -22,6 +22,7 @@ from star.search.events import (
     CandidateStarted,
     CorpusOpened,
     DeviceMeasured,
+    DeviceUnsteady,
     Event,
     GenerationFinished,
     GenerationStarted,
@@ -85,7 +86,9 @@ class SearchProgress:
         """Take note of an event, and print its line where there is no live picture (or where it stays)."""
         self._note_event(event)
         line = self._line(event)
-        lasting = isinstance(event, (RunStarted, CorpusOpened, WorkerLost, GenerationFinished))
+        lasting = isinstance(
+            event, (RunStarted, CorpusOpened, DeviceUnsteady, WorkerLost, GenerationFinished)
+        )
         if line and (lasting or not self.console.is_terminal):
             say(self.console, line)
 
@@ -127,6 +130,8 @@ class SearchProgress:
             return f"Text: {event.name} ({event.content_hash[:12]})"
         if isinstance(event, DeviceMeasured):
             return f"Measuring {event.what}"
+        if isinstance(event, DeviceUnsteady):
+            return f"Warning: {event.warning}"
         if isinstance(event, CandidateFinished):
             return f"{event.finished}/{event.planned}  {self._describe(event.evaluation)}"
         if isinstance(event, WorkerLost):

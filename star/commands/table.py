@@ -55,7 +55,7 @@ def table(
     [dim]star table --extend genomes.parquet runs/first runs/second[/dim]
     [dim]star table --extend genomes.parquet --predict[/dim]
     """
-    from star.commands.terminal import screen
+    from star.commands.terminal import say, screen
 
     console = screen(as_json)
     with reported():
@@ -76,6 +76,9 @@ def table(
             settings = _settings(preset, random, seed, workers)
             directory = run or Path("runs", f"table-{extend.stem}-{seed}")
         device = _device(profile, console) if predict else None
+        warning = None if device is None else device.warning()
+        if warning is not None:
+            say(console, f"Warning: {warning}", "yellow")
     if random is not None:
         _train(settings, directory, console)
         with reported(started=True):

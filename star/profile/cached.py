@@ -28,7 +28,8 @@ def find_or_measure(
 ) -> ProfileTable:
     """The table for resolved settings from the user's cache, or a new one, which is kept there.
 
-    A kept table that is damaged, or has too few classes, is measured again.
+    A kept table that is damaged, unsteady, or has too few classes, is measured again. A new one that is
+    unsteady is given and not kept, so that the next search measures it again.
 
     Args:
         settings: resolved.
@@ -43,10 +44,16 @@ def find_or_measure(
     path = cached_path(settings)
     if not anew and path.exists():
         try:
-            return read_table(path).require_classes(classes)
+            kept = read_table(path).require_classes(classes)
+            doubts = kept.doubts()
+            if not doubts:
+                return kept
+            tell(f"again, since the kept profile table is unsteady: {doubts[0]}")
         except ValueError as error:
             tell(f"again, since the {error}")
     table = (measure or table_in_process)(settings, classes=classes, tell=tell)
+    if table.doubts():
+        return table
     path.parent.mkdir(parents=True, exist_ok=True)
     table.write(path)
     return table

@@ -2,7 +2,8 @@
 
 All LIVs take their turns, so that the weights of each are as cold as they are in a model, and a machine that
 gets slower meanwhile does so for all. What is left over between a whole model (one LIV of each class) and
-the sum of its parts becomes the calibration.
+the sum of its parts becomes the calibration. That model is measured before the LIVs and after them, and again
+while the two fastest measurements differ, since whatever else the machine does falls on all genomes there.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from star.measure.whole import ROOM, fill, measure_genome, read_prompt, weight_d
 from star.model import StarModel, build_layer, build_model
 from star.pools import LivClass
 from star.profile.predict import Predictor
-from star.profile.table import Calibration, Ends, LivRow, ProfileTable
+from star.profile.table import AGREEMENT, Calibration, Ends, LivRow, ProfileTable, Steadiness
 from star.sharing import LivPlan
 from star_kernels.cache import LayerCache
 from star_kernels.layers import LivLayer
@@ -43,6 +44,10 @@ Whole = Callable[[Genome, ModelConfig, MeasureSettings], Mapping[str, float]]
 
 _WARM_UP_TOKENS = 128
 _CALLS_BETWEEN_WAITS = 8  # on a GPU: waiting after every token of one LIV would time the waiting
+_WHOLES_AT_MOST = 4
+_WILD = (
+    1.5  # a median beyond so many times the quarter of quick samples says more of the machine than the LIV
+)
 
 
 @dataclass
@@ -96,16 +101,21 @@ def measure_table(
     config = settings.config()
     entries = pools.all_classes() if classes is None else [pools.get(number) for number in sorted(classes)]
     genome = Genome(Gene(entry.id, 1, 1, 1, 1) for entry in entries)
-    tell(f"a whole model of {len(entries)} LIVs")
-    measured = whole(genome, config, settings)
-    rows: list[LivRow] = []
-    ends: list[Ends] = []
-    with threads_set(settings.threads), torch.no_grad():
-        model = build_model(genome, config, seed=0, device=device, dtype=weight_dtype(settings))
-        for context in settings.contexts:
-            tell(f"every LIV alone, {context} tokens")
-            rows += _rows(model, context, settings, timer)
-            ends.append(_ends(model, context, settings, timer))
+    spent = 0.0
+
+    def measure_whole() -> Mapping[str, float]:
+        nonlocal spent
+        start = time.perf_counter()
+        tell(f"a whole model of {len(entries)} LIVs")
+        values = whole(genome, config, settings)
+        spent += time.perf_counter() - start
+        return values
+
+    wholes = [measure_whole()]
+    rows, ends, wild = _parts(genome, settings, timer, tell)
+    wholes.append(measure_whole())
+    while _differ(wholes, settings) and len(wholes) < _WHOLES_AT_MOST and spent < settings.seconds:
+        wholes.append(measure_whole())
     table = ProfileTable(
         device_name=device_name(device),
         versions={name: metadata.version(name) for name in ("torch", "star-kernels")},
@@ -114,16 +124,37 @@ def measure_table(
         ends=tuple(ends),
         calibrations=tuple(_uncalibrated(context, len(entries)) for context in settings.contexts),
         seconds=0.0,
+        steadiness=tuple(_steadiness(wholes, context, wild[context]) for context in settings.contexts),
     )
-    calibrations = tuple(_calibration(table, genome, context, measured) for context in settings.contexts)
+    calibrations = tuple(_calibration(table, genome, context, wholes) for context in settings.contexts)
     return replace(table, calibrations=calibrations, seconds=time.perf_counter() - began)
 
 
 # ---- LIVs ------------------------------------------------------------------------------------------------
 
 
-def _rows(model: StarModel, context: int, settings: MeasureSettings, timer: Timer) -> list[LivRow]:
-    """Rows of all LIVs at one context; their caches live no longer than this call."""
+def _parts(
+    genome: Genome, settings: MeasureSettings, timer: Timer, tell: Tell
+) -> tuple[list[LivRow], list[Ends], dict[int, int]]:
+    """Rows, ends, and how many LIVs are wild at each context; the model lives no longer than this call."""
+    rows: list[LivRow] = []
+    ends: list[Ends] = []
+    wild: dict[int, int] = {}
+    device = torch.device(settings.device)
+    with threads_set(settings.threads), torch.no_grad():
+        model = build_model(genome, settings.config(), seed=0, device=device, dtype=weight_dtype(settings))
+        for context in settings.contexts:
+            tell(f"every LIV alone, {context} tokens")
+            found, wild[context] = _rows(model, context, settings, timer)
+            rows += found
+            ends.append(_ends(model, context, settings, timer))
+    return rows, ends, wild
+
+
+def _rows(
+    model: StarModel, context: int, settings: MeasureSettings, timer: Timer
+) -> tuple[list[LivRow], int]:
+    """Rows of all LIVs at one context, and how many are wild; their caches live no longer than this call."""
     livs = _livs(model, context, settings)
     chunk = min(settings.chunk, context)
     prompt = _noise((1, context, model.config.width), model)
@@ -149,7 +180,7 @@ def _rows(model: StarModel, context: int, settings: MeasureSettings, timer: Time
         settings.decode_steps,
         settings.seconds,
     )
-    return [
+    rows = [
         LivRow(
             liv_class=liv.entry.id,
             computed=liv.computed,
@@ -163,6 +194,9 @@ def _rows(model: StarModel, context: int, settings: MeasureSettings, timer: Time
         )
         for liv, read_times, steps, transient in zip(livs, prefill, decode, transients, strict=True)
     ]
+    return rows, sum(
+        _wild(read_times) or _wild(steps) for read_times, steps in zip(prefill, decode, strict=True)
+    )
 
 
 def _livs(model: StarModel, context: int, settings: MeasureSettings) -> list[Liv]:
@@ -215,14 +249,23 @@ def _in_turns(
     samples: Sequence[Callable[[], float]], most: int, seconds: float, first: Sequence[float] = ()
 ) -> list[list[float]]:
     """Samples of all in turns: at most so many of each, the first of them possibly taken already, and no
-    further round after so many seconds; one of each at least."""
+    further round after so many seconds; one of each at least. Those that are wild are then taken as often
+    again."""
     taken: list[list[float]] = [[value] for value in first] or [[] for _ in samples]
     spent = sum(first)
     while len(taken[0]) < most and (spent < seconds or not taken[0]):
         for values, sample in zip(taken, samples, strict=True):
             values.append(sample())
             spent += values[-1]
+    for values, sample in zip(taken, samples, strict=True):
+        if _wild(values):
+            values += [sample() for _ in values]
     return taken
+
+
+def _wild(samples: Sequence[float]) -> bool:
+    """Whether most samples were disturbed: the median is far beyond the first quarter."""
+    return statistics.median(samples) > _WILD * percentile(samples, 25)
 
 
 def _feature_bytes(liv: Liv, token: Tensor) -> int:
@@ -285,21 +328,40 @@ def _uncalibrated(context: int, livs: int) -> Calibration:
     return Calibration(context, livs, prefill=0.0, decode=0.0, tail=1.0, memory=0)
 
 
+def _difference(wholes: Sequence[Mapping[str, float]], name: str) -> float:
+    """By how much the two fastest of these differ: disturbances only add, and hardly the same twice."""
+    first, second = sorted(values[name] for values in wholes)[:2]
+    return second / first - 1
+
+
+def _differ(wholes: Sequence[Mapping[str, float]], settings: MeasureSettings) -> bool:
+    return any(
+        _difference(wholes, at(name, context)) > AGREEMENT
+        for context in settings.contexts
+        for name in ("ttft", "decode_p50")
+    )
+
+
+def _steadiness(wholes: Sequence[Mapping[str, float]], context: int, livs: int) -> Steadiness:
+    prefill, decode = (_difference(wholes, at(name, context)) for name in ("ttft", "decode_p50"))
+    return Steadiness(context, len(wholes), prefill, decode, livs)
+
+
 def _calibration(
-    table: ProfileTable, genome: Genome, context: int, measured: Mapping[str, float]
+    table: ProfileTable, genome: Genome, context: int, wholes: Sequence[Mapping[str, float]]
 ) -> Calibration:
+    """Of the fastest measurements of prompts and of tokens; memory of the first, before anything else ran."""
     predicted = Predictor(table).predict(genome)
-
-    def beyond(name: str) -> float:
-        return measured[at(name, context)] - predicted[at(name, context)]
-
+    ttft, token = at("ttft", context), at("decode_p50", context)
+    prompts = min(wholes, key=lambda values: values[ttft])
+    tokens = min(wholes, key=lambda values: values[token])
     memory = at("peak_memory", context)
-    known = memory in measured and memory in predicted
+    known = memory in wholes[0] and memory in predicted
     return Calibration(
         context=context,
         livs=genome.depth,
-        prefill=beyond("ttft") / genome.depth,
-        decode=beyond("decode_p50") / genome.depth,
-        tail=measured[at("decode_p95", context)] / measured[at("decode_p50", context)],
-        memory=round(beyond("peak_memory")) if known else None,
+        prefill=(prompts[ttft] - predicted[ttft]) / genome.depth,
+        decode=(tokens[token] - predicted[token]) / genome.depth,
+        tail=tokens[at("decode_p95", context)] / tokens[token],
+        memory=round(wholes[0][memory] - predicted[memory]) if known else None,
     )

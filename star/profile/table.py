@@ -15,10 +15,15 @@ from typing import Any
 
 from star.measure.settings import MeasureSettings
 
-__all__ = ["Calibration", "Ends", "LivRow", "ProfileDamaged", "ProfileTable", "read_table"]
+__all__ = ["Calibration", "Ends", "LivRow", "ProfileDamaged", "ProfileTable", "Steadiness", "read_table"]
 
 FORMAT = 1
 _BYTES_AT_MOST = 2 << 20
+
+AGREEMENT = 0.2
+"""By how much the two fastest measurements of a whole model may differ."""
+
+_PLAUSIBLE = 2.0  # a whole model against the sum of its parts, or the other way round
 
 
 class ProfileDamaged(ValueError):
@@ -126,6 +131,23 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Steadiness:
+    """How well repeated measurements agreed, at one context.
+
+    Attributes:
+        wholes: how often the calibration's model was measured.
+        prefill, decode: relative difference of its two fastest measurements.
+        livs: LIVs whose own repetitions disagree widely (star.profile.livs says how widely).
+    """
+
+    context: int
+    wholes: int
+    prefill: float
+    decode: float
+    livs: int
+
+
+@dataclass(frozen=True)
 class ProfileTable:
     """See the module.
 
@@ -136,6 +158,7 @@ class ProfileTable:
         rows: one an LIV class, what it computes itself, and context.
         ends, calibrations: one a context.
         seconds: that the measurement took.
+        steadiness: one a context; none in tables from before it was measured.
     """
 
     device_name: str
@@ -145,6 +168,7 @@ class ProfileTable:
     ends: tuple[Ends, ...]
     calibrations: tuple[Calibration, ...]
     seconds: float
+    steadiness: tuple[Steadiness, ...] = ()
 
     @property
     def classes(self) -> frozenset[int]:
@@ -167,8 +191,59 @@ class ProfileTable:
             raise ValueError(f"profile table has no LIV class {listed}: measure one with star profile")
         return self
 
+    def doubts(self) -> list[str]:
+        """Why its predictions should not be believed, each in a few words; empty where nothing speaks
+        against them."""
+        found = []
+        for item in self.steadiness:
+            for name, difference in (("prompts", item.prefill), ("tokens", item.decode)):
+                if difference > AGREEMENT:
+                    found.append(
+                        f"{name} of {item.wholes} whole models differ by {difference:.0%} "
+                        f"at {item.context} tokens"
+                    )
+            if item.livs:
+                found.append(f"repetitions of {item.livs} LIVs disagree at {item.context} tokens")
+        for calibration in self.calibrations:
+            for name, parts, whole in self._sums(calibration):
+                if not 1 / _PLAUSIBLE <= whole / parts <= _PLAUSIBLE:
+                    found.append(
+                        f"{name} of a whole model takes {whole:.3g} ms and its parts {parts:.3g} ms "
+                        f"at {calibration.context} tokens"
+                    )
+        return found
+
+    def warning(self) -> str | None:
+        """One line for people where there are doubts, which says what to do."""
+        doubts = self.doubts()
+        if not doubts:
+            return None
+        more = f" and {len(doubts) - 1} more" if len(doubts) > 1 else ""
+        return (
+            f"the profile table is unsteady ({doubts[0]}{more}), so predictions may be far off: "
+            "close other programs and measure it anew with star profile --anew"
+        )
+
+    def _sums(self, calibration: Calibration) -> list[tuple[str, float, float]]:
+        """(name, ms of the parts, ms of the whole) of the model of the calibration."""
+        context = calibration.context
+        alone: dict[int, LivRow] = {}  # those that share nothing
+        for row in self.rows:
+            known = alone.get(row.liv_class)
+            if row.context == context and (known is None or len(row.computed) > len(known.computed)):
+                alone[row.liv_class] = row
+        sums = []
+        for ends in self.ends:
+            if ends.context == context:
+                livs = calibration.livs
+                prefill = ends.prefill + livs * ends.norm_prefill + sum(r.prefill for r in alone.values())
+                decode = ends.decode + livs * ends.norm_decode + sum(r.decode_p50 for r in alone.values())
+                sums.append(("a prompt", prefill, prefill + livs * calibration.prefill))
+                sums.append(("a token", decode, decode + livs * calibration.decode))
+        return [(name, parts, whole) for name, parts, whole in sums if parts > 0]
+
     def _content(self) -> dict[str, Any]:
-        return {
+        content = {
             "format": FORMAT,
             "device_name": self.device_name,
             "versions": dict(self.versions),
@@ -179,6 +254,9 @@ class ProfileTable:
             "calibrations": [asdict(item) for item in self.calibrations],
             "seconds": self.seconds,
         }
+        if self.steadiness:  # older tables have none, and a checksum without it
+            content["steadiness"] = [asdict(item) for item in self.steadiness]
+        return content
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON with its checksum; `from_json` turns it back."""
@@ -202,6 +280,7 @@ class ProfileTable:
                 ends=tuple(_numbers(Ends, item) for item in value["ends"]),
                 calibrations=tuple(_numbers(Calibration, item) for item in value["calibrations"]),
                 seconds=value["seconds"],
+                steadiness=tuple(_numbers(Steadiness, item) for item in value.get("steadiness", ())),
             )
             intact = table.checksum == value["checksum"]
         except (KeyError, TypeError, AttributeError, ValueError) as error:

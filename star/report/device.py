@@ -62,15 +62,21 @@ class DeviceReport:
 
     def judged(self) -> list[tuple[str, bool | None]]:
         """In sentences, and whether that is good."""
+        judged: list[tuple[str, bool | None]] = []
+        doubts = self.table.doubts()
+        if doubts:
+            judged.append((f"The profile table is unsteady: {'; '.join(doubts)}.", False))
         if not self.pairs:
-            return [("No candidate has been measured as a whole, so predictions are not checked.", None)]
+            judged.append(
+                ("No candidate has been measured as a whole, so predictions are not checked.", None)
+            )
+            return judged
         parts, good = [], True
         for name in self.names:
             error = self.error_of(name)
             if error is not None:
                 parts.append(f"{100 * error:.1f} % ({title(name)})")
                 good = good and error <= AIM
-        judged: list[tuple[str, bool | None]] = []
         if parts:
             measured = count(len(self.pairs), "candidate")
             judged.append(

@@ -21,7 +21,14 @@ from star.measure.settings import MeasureSettings
 from star.profile.cached import agrees, find_or_measure
 from star.profile.table import ProfileTable
 from star.search.errors import RunDamaged, RunError
-from star.search.events import DeviceMeasured, Event, GenerationFinished, Listener, RunFinished
+from star.search.events import (
+    DeviceMeasured,
+    DeviceUnsteady,
+    Event,
+    GenerationFinished,
+    Listener,
+    RunFinished,
+)
 from star.search.layouts import BASELINES
 from star.search.settings import SearchSettings
 from star.search.store import Evaluation, RunStore, StoredEvent
@@ -42,7 +49,7 @@ def with_table(
 
     Args:
         settings: with the vocabulary of the text.
-        listener: is told what is measured.
+        listener: is told what is measured, and whether the table is unsteady.
         find_table: as `star.profile.cached.find_or_measure`.
 
     Raises:
@@ -64,6 +71,9 @@ def with_table(
     else:
         chosen = agrees(table, settings.measure)
         _require_contexts(names, chosen)
+    warning = table.warning()
+    if warning is not None:
+        listener(DeviceUnsteady(warning))
     return replace(settings, measure=chosen, profile=table.require_classes(classes))
 
 

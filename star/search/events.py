@@ -14,6 +14,7 @@ __all__ = [
     "CandidateStarted",
     "CorpusOpened",
     "DeviceMeasured",
+    "DeviceUnsteady",
     "Event",
     "GenerationFinished",
     "GenerationStarted",
@@ -48,6 +49,13 @@ class DeviceMeasured:
     """Something begins to be measured on the device that the search is for, in words."""
 
     what: str
+
+
+@dataclass(frozen=True)
+class DeviceUnsteady:
+    """The table of the device should not be believed; one line says why and what to do."""
+
+    warning: str
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,7 @@ Event = (
     RunStarted
     | CorpusOpened
     | DeviceMeasured
+    | DeviceUnsteady
     | GenerationStarted
     | CandidateStarted
     | CandidateFinished

@@ -58,7 +58,7 @@ def table(settings: MeasureSettings = SETTINGS, classes: Collection[int] | None 
             for context in settings.contexts
         ),
         calibrations=tuple(
-            Calibration(context, livs=17, prefill=0.75, decode=0.125, tail=1.5, memory=100)
+            Calibration(context, livs=len(entries), prefill=0.75, decode=0.125, tail=1.5, memory=100)
             for context in settings.contexts
         ),
         seconds=12.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import known_tables
 import pytest
@@ -21,7 +22,7 @@ from star.measure.whole import fill, first_token, measure_genome, repeated
 from star.model import StarModel, build_model
 from star.profile.livs import measure_table
 from star.profile.predict import Predictor
-from star.profile.table import ProfileTable
+from star.profile.table import ProfileTable, Steadiness
 
 SMALL = replace(SETTINGS, contexts=(16, 40), chunk=16, width=16, head_dim=4)
 
@@ -160,6 +161,63 @@ class TestTable:
         assert rows[9, ("gate", "up"), 16].features == 4 * 16 * 2 * SMALL.config().swiglu_width
         assert rows[8, ("B", "C", "value"), 40].held > rows[8, ("B", "C", "value"), 16].held > 0
         assert rows[1, ("query", "key", "value"), 16].held < 64
+
+    def test_a_disturbed_whole_model_is_measured_again(self) -> None:
+        asked = 0
+
+        def disturbed(*arguments: Any) -> Mapping[str, float]:
+            nonlocal asked
+            asked += 1
+            slower = 60.0 if asked == 1 else 2.0
+            return {name: slower * value for name, value in self.whole(*arguments).items()}
+
+        found = measure_table(SMALL, classes=[1, 9], timer=Clock(), whole=disturbed)
+        assert asked == 3
+        values = Predictor(found).predict(Genome.parse("11111-91111"))
+        assert values["ttft@16"] == pytest.approx(2 * 600.0 * 2)
+        assert values["decode_p50@40"] == pytest.approx(2 * 550.0 * 2)
+        assert found.steadiness[0] == Steadiness(16, wholes=3, prefill=0.0, decode=0.0, livs=0)
+        assert found.warning() is None
+        steady = measure_table(SMALL, classes=[1, 9], timer=Clock(), whole=self.whole)
+        assert steady.steadiness[1] == Steadiness(40, wholes=2, prefill=0.0, decode=0.0, livs=0)
+
+    def test_whole_models_that_never_agree_are_told_of(self) -> None:
+        asked = 0
+
+        def restless(*arguments: Any) -> Mapping[str, float]:
+            nonlocal asked
+            asked += 1
+            return {name: 1.3**asked * value for name, value in self.whole(*arguments).items()}
+
+        found = measure_table(SMALL, classes=[1, 9], timer=Clock(), whole=restless)
+        assert asked == 4
+        assert found.doubts()[0] == "prompts of 4 whole models differ by 30% at 16 tokens"
+        assert "close other programs" in (found.warning() or "")
+
+    def test_a_whole_model_that_takes_much_more_than_its_parts_is_told_of(self) -> None:
+        def slow(*arguments: Any) -> Mapping[str, float]:
+            return {name: 30 * value for name, value in self.whole(*arguments).items()}
+
+        found = measure_table(SMALL, classes=[1, 9], timer=Clock(), whole=slow)
+        assert [item.wholes for item in found.steadiness] == [2, 2]
+        assert len(found.doubts()) == 4
+        assert found.doubts()[0].startswith(
+            "a prompt of a whole model takes 3.6e+04 ms and its parts 2.5e+03"
+        )
+
+    def test_livs_whose_repetitions_disagree_are_repeated_and_counted(self) -> None:
+        class Restless(Clock):
+            def __call__(self, call: Callable[[], object]) -> float:
+                return super().__call__(call) * (1.0 if self.calls % 3 else 0.1)
+
+        settings = replace(SMALL, contexts=(8,))
+        clock = Restless()
+        found = measure_table(settings, classes=[9], timer=clock, whole=self.whole)
+        assert found.steadiness[0].livs > 0
+        assert any("LIVs disagree at 8 tokens" in doubt for doubt in found.doubts())
+        quiet = Clock()
+        measure_table(settings, classes=[9], timer=quiet, whole=self.whole)
+        assert quiet.calls < clock.calls <= 2 * quiet.calls
 
     def test_some_classes_only(self) -> None:
         settings = replace(SMALL, contexts=(8,), repetitions=1, decode_steps=1)

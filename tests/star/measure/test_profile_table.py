@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from star.genome import Genome
 from star.measure.settings import MeasureSettings
 from star.profile.cached import agrees, cached_path, find_or_measure
 from star.profile.predict import Predictor, predictor
-from star.profile.table import LivRow, ProfileDamaged, ProfileTable, read_table
+from star.profile.table import LivRow, ProfileDamaged, ProfileTable, Steadiness, read_table
 from star.sharing import resolve
 
 
@@ -65,6 +66,21 @@ class TestFile:
         plain = table().to_json()
         plain["ends"][0]["decode"] = value
         with pytest.raises(ProfileDamaged, match="damaged"):
+            ProfileTable.from_json(plain)
+
+    def test_a_table_from_before_steadiness_was_measured(self, file: Path) -> None:
+        assert "steadiness" not in json.loads(file.read_text())
+        assert read_table(file).steadiness == ()
+        assert read_table(file).warning() is None
+
+    def test_steadiness_is_kept_and_checked(self, file: Path) -> None:
+        steady = replace(table(), steadiness=(Steadiness(64, 2, 0.01, 0.02, 0), Steadiness(256, 2, 0, 0, 0)))
+        steady.write(file)
+        assert read_table(file) == steady
+        assert steady.checksum != table().checksum
+        plain = steady.to_json()
+        plain["steadiness"][0]["prefill"] = 0.5
+        with pytest.raises(ProfileDamaged, match="checksum"):
             ProfileTable.from_json(plain)
 
     def test_names_missing_classes(self) -> None:
@@ -163,6 +179,31 @@ class TestKept:
         find_or_measure(replace(SETTINGS, threads=2), [1], measure=self.measure)
         find_or_measure(SETTINGS, [1, 2], measure=self.measure)
         assert self.measured == 3
+
+    @pytest.mark.parametrize("change", [{"decode": 1e4}, {"prefill": 1e4}, {"prefill": -80.0}])
+    def test_an_unsteady_one_is_not_kept(self, change: dict[str, Any]) -> None:
+        def measure(settings: MeasureSettings, **options: Any) -> ProfileTable:
+            found = self.measure(settings, **options)
+            return replace(found, calibrations=tuple(replace(c, **change) for c in found.calibrations))
+
+        every = [entry.id for entry in pools.all_classes()]
+        assert find_or_measure(SETTINGS, every, measure=measure).warning() is not None
+        assert not cached_path(SETTINGS).exists()
+        find_or_measure(SETTINGS, every, measure=self.measure)
+        assert self.measured == 2
+        kept = read_table(cached_path(SETTINGS))
+        find_or_measure(SETTINGS, every, measure=measure, anew=True)
+        assert read_table(cached_path(SETTINGS)) == kept
+
+    def test_an_unsteady_one_that_is_kept_is_measured_again(self) -> None:
+        every = [entry.id for entry in pools.all_classes()]
+        good = find_or_measure(SETTINGS, every, measure=self.measure)
+        bad = replace(good, calibrations=tuple(replace(c, decode=1e4) for c in good.calibrations))
+        bad.write(cached_path(SETTINGS))
+        said: list[str] = []
+        assert find_or_measure(SETTINGS, every, measure=self.measure, tell=said.append) == good
+        assert self.measured == 2
+        assert said[0].startswith("again, since the kept profile table is unsteady: a token of a whole model")
 
     def test_a_damaged_one_is_measured_again(self) -> None:
         said: list[str] = []

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from star.commands import app
 from star.config import ModelConfig
+from star.fidelity.device import prediction_errors
 from star.genome import Genome
 from star.measure.errors import MeasurementError, OtherDevice
 from star.measure.settings import MeasureSettings
@@ -22,7 +23,7 @@ from star.profile.predict import Predictor
 from star.profile.table import ProfileTable
 from star.report import read_run, write_report
 from star.search.errors import RunDamaged, RunError, SearchInterrupted
-from star.search.events import CandidateFinished, DeviceMeasured, Event
+from star.search.events import CandidateFinished, DeviceMeasured, DeviceUnsteady, Event
 from star.search.run import resume, search
 from star.search.settings import SearchSettings
 from star.search.store import RunStore
@@ -178,6 +179,21 @@ class TestSearch:
         assert told[0] == "every LIV alone"
         assert told[1] == "candidate 0 as a whole"
 
+    def test_people_are_told_that_the_table_is_unsteady(self, tmp_path: Path) -> None:
+        told: list[str] = []
+        known = table()
+        unsteady = replace(known, calibrations=tuple(replace(c, decode=1e4) for c in known.calibrations))
+
+        def listen(event: Event) -> None:
+            if isinstance(event, DeviceUnsteady):
+                told.append(event.warning)
+
+        given = settings(profile=unsteady, measure=replace(SETTINGS, every=0), generations=1)
+        begin(tmp_path / "run", settings=given, on_event=listen)
+        assert told == [unsteady.warning()]
+        assert "\n" not in told[0]
+        assert any("profile table is unsteady" in line for line in read_run(tmp_path / "run").verdicts())
+
     def test_survivors_by_hypervolume_are_others(self, run: Path, tmp_path: Path) -> None:
         begin(tmp_path / "run", settings=settings(survival="hv"))
         with RunStore.open(tmp_path / "run") as store, RunStore.open(run) as other:
@@ -277,6 +293,13 @@ class TestReport:
         assert "off by 20.0 % (time to first token), 20.0 % (decode p50 at 256)" in sentence
         assert good is False
 
+    def test_a_certificate_knows_them(self, run: Path, tmp_path: Path) -> None:
+        with RunStore.open(run) as store:
+            recorded = store.settings(), store.evaluations(), store.events()
+        errors = prediction_errors(*recorded)
+        assert errors == {"ttft": pytest.approx(0.2), "decode_p50@256": pytest.approx(0.2)}
+        assert prediction_errors(*recorded[:2], []) == {}
+
     def test_page_and_pictures(self, run: Path) -> None:
         page = write_report(run).read_text()
         for text in ("On the device", "abacus", "time to first token", "predicted −20.0 %", "256 tokens"):
@@ -291,7 +314,7 @@ class TestReport:
         begin(tmp_path / "run", elsewhere, settings=settings(generations=1))
         summary = read_run(tmp_path / "run")
         assert measured_ids(tmp_path / "run") == []
-        assert "predictions are not checked" in summary.verdicts()[-1]
+        assert "predictions are not checked" in summary.verdicts()[-2]
         assert "abacus" in write_report(tmp_path / "run").read_text()
 
     def test_what_could_not_be_measured(self, tmp_path: Path) -> None:
