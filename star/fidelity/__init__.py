@@ -6,6 +6,8 @@ statistics.py   rank correlation, bootstrap intervals, the probability of being 
 settings.py     how many candidates, how long, how often
 sample.py       which candidates
 record.py       the trainings that are done (fidelity.jsonl)
+checksum.py     that neither file was changed since
+device.py       how far off its predictions for a device are
 retrain.py      what a worker does
 certificate.py  what the trainings say
 document.py     the certificate as a file (fidelity.json)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from star.fidelity.settings import FidelitySettings
 from star.fidelity.statistics import Values, bootstrap_interval, kendall_tau, probability_non_dominated
 from star.search.budgets import judged
 from star.search.front import candidates, front
-from star.search.objectives import objective_vector
+from star.search.objectives import find, objective_vector
 from star.search.settings import SearchSettings
 from star.search.store import Evaluation
 
@@ -32,6 +32,8 @@ AIM = 0.8
 """Kendall's tau that a proxy should reach."""
 
 _FEWEST_TO_FIT = 4
+_HALF_OF_NORMAL = 0.6745
+"""Standard deviations on either side that hold half of a normal distribution."""
 
 
 class Interval(NamedTuple):
@@ -98,6 +100,7 @@ class FrontMember(NamedTuple):
 
     Attributes:
         id: of its evaluation.
+        proxy: its quality in the search.
         among_retrained: against the candidates that were trained for longer, by their means and seed noise;
             NaN where it was not trained for longer itself.
         among_all: against every candidate within the budgets; those that were not trained for longer have a
@@ -106,6 +109,7 @@ class FrontMember(NamedTuple):
     """
 
     id: int
+    proxy: float
     among_retrained: float
     among_all: float
 
@@ -126,6 +130,10 @@ class Certificate:
         noise: of the seeds.
         front: members of the front that a probability is known of; none where quality is no objective.
         candidates: the sample, by id.
+        prediction_errors: objectives that were predicted for the device, and that the front's probabilities
+            draw: each with the median relative error of the run's own predictions.
+        taken_as_exact: objectives that are not known exactly, and that the front's probabilities take as they
+            were recorded: recall, of one short training, and predictions whose error the run does not know.
     """
 
     settings: FidelitySettings
@@ -139,6 +147,8 @@ class Certificate:
     noise: SeedNoise
     front: tuple[FrontMember, ...]
     candidates: tuple[Candidate, ...]
+    prediction_errors: Mapping[str, float] = field(default_factory=dict)
+    taken_as_exact: tuple[str, ...] = ()
 
     @property
     def ranked(self) -> list[Candidate]:
@@ -163,6 +173,7 @@ def certify(
     settings: FidelitySettings,
     search: SearchSettings,
     rounds: int = 2000,
+    prediction_errors: Mapping[str, float] | None = None,
 ) -> Certificate:
     """The certificate of a run.
 
@@ -173,6 +184,7 @@ def certify(
         settings: of the certificate.
         search: of the run.
         rounds: draws of each bootstrap and of the front's probabilities.
+        prediction_errors: median relative errors of objectives of the device (star.fidelity.device).
 
     Raises:
         ValueError: a genome of the sample that has no trainings.
@@ -184,6 +196,7 @@ def certify(
     means = np.array([item.mean for item in ranked], dtype=np.float64)
     better = np.argsort(proxy, kind="stable")[: (len(ranked) + 1) // 2]
     noise = _seed_noise(ranked)
+    errors = {name: e for name, e in (prediction_errors or {}).items() if name in search.objectives}
     return Certificate(
         settings=settings,
         steps=search.proxy.steps,
@@ -194,8 +207,10 @@ def certify(
         parameter_count=_interval(kendall_tau, rounds, -sizes, means),
         gain=_interval(_gain, rounds, proxy, sizes, means),
         noise=noise,
-        front=_front_members(members, noise, evaluations, search, rounds),
+        front=_front_members(members, noise, evaluations, search, rounds, errors),
         candidates=members,
+        prediction_errors=errors,
+        taken_as_exact=tuple(name for name in _uncertain(search.objectives) if name not in errors),
     )
 
 
@@ -259,16 +274,26 @@ def _tau_of_seed(table: Values, seed: int) -> float:
 # ---- the front ---------------------------------------------------------------------------------------
 
 
+def _uncertain(objectives: Sequence[str]) -> list[str]:
+    """Objectives beside quality that are trained or predicted; the others follow from the genome."""
+    found = [item for name in objectives if name != "quality" and (item := find(name)) is not None]
+    return [item.name for item in found if item.trained or item.device]
+
+
 def _front_members(
     members: Sequence[Candidate],
     noise: SeedNoise,
     evaluations: Sequence[Evaluation],
     search: SearchSettings,
     rounds: int,
+    prediction_errors: Mapping[str, float],
 ) -> tuple[FrontMember, ...]:
     """Every member of the front that a probability is known of; none where seeds say nothing of noise.
 
-    Candidates whose longer trainings all failed are no members and nobody's rivals.
+    Candidates whose longer trainings all failed are no members and nobody's rivals. Predictions are drawn
+    from a lognormal distribution about them: ln(truth / prediction) ~ Normal(0, σ), and half of a normal
+    distribution is within 0.6745 σ, so σ = median relative error / 0.6745. Who keeps the budgets stays as
+    it was recorded.
     """
     if "quality" not in search.objectives or math.isnan(noise.deviation):
         return ()
@@ -279,6 +304,7 @@ def _front_members(
     others = [name for name in search.objectives if name != "quality"]
     exact = np.array([objective_vector(item.objectives, others) for item in rivals])
     exact = exact.reshape(len(rivals), len(others))
+    spreads = np.array([prediction_errors.get(name, 0.0) / _HALF_OF_NORMAL for name in others])
     retrained = {item.id: item for item in ranked}
     places = [place for place, item in enumerate(rivals) if item.id in retrained]
     means, errors = np.full(len(rivals), math.nan), np.full(len(rivals), math.nan)
@@ -287,19 +313,23 @@ def _front_members(
         means[place] = math.nan if item.mean is None else item.mean
         errors[place] = noise.deviation / math.sqrt(len(item.known))
     among_retrained = np.full(len(rivals), math.nan)
-    among_retrained[places] = probability_non_dominated(means[places], errors[places], exact[places], rounds)
+    among_retrained[places] = probability_non_dominated(
+        means[places], errors[places], exact[places], rounds, spreads=spreads
+    )
     among_all = np.full(len(rivals), math.nan)
     line = _predict(ranked, noise, np.array([item.objectives["quality"] for item in rivals]))
     if line is not None:
         unknown = np.isnan(means)
         means[unknown], errors[unknown] = line[0][unknown], line[1]
-        among_all = probability_non_dominated(means, errors, exact, rounds)
+        among_all = probability_non_dominated(means, errors, exact, rounds, spreads=spreads)
     chances = {
-        item.id: FrontMember(item.id, float(one), float(other))
+        item.id: FrontMember(item.id, item.objectives["quality"], float(one), float(other))
         for item, one, other in zip(rivals, among_retrained, among_all, strict=True)
     }
     best = (chances[item.id] for item in front(within, search.objectives) if item.id not in fallen)
-    return tuple(member for member in best if not all(map(math.isnan, member[1:])))
+    return tuple(
+        member for member in best if not (math.isnan(member.among_retrained) and math.isnan(member.among_all))
+    )
 
 
 def _predict(ranked: Sequence[Candidate], noise: SeedNoise, proxies: Values) -> tuple[Values, float] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from star.fidelity.certificate import Candidate, Certificate, FrontMember, Interval, SeedNoise
+from star.fidelity.checksum import require_checksum, with_checksum
 from star.fidelity.record import LARGEST_QUALITY
 from star.fidelity.settings import FidelitySettings
 from star.search.errors import RunDamaged, RunError, is_disk_full
@@ -17,16 +18,16 @@ from star.search.errors import RunDamaged, RunError, is_disk_full
 __all__ = ["NAME", "from_json", "read_certificate", "to_json", "write_certificate"]
 
 NAME = "fidelity.json"
-FORMAT = 1
+FORMAT = 2
 BYTES_AT_MOST = 16 << 20
 _LARGEST = 1e100
 _LARGEST_INTEGER = 10**12
 
 
 def to_json(certificate: Certificate) -> dict[str, Any]:
-    """Plain JSON; what is not defined is null. `from_json` turns it back."""
+    """Plain JSON with a checksum; what is not defined is null. `from_json` turns it back."""
     errors = certificate.standard_error
-    return {
+    content = {
         "format": FORMAT,
         "settings": certificate.settings.to_json(),
         "proxy_steps": certificate.steps,
@@ -42,9 +43,12 @@ def to_json(certificate: Certificate) -> dict[str, Any]:
             "kendall_tau": _or_null(certificate.noise.tau),
         },
         "failed_trainings": len(certificate.failures),
+        "prediction_errors": dict(certificate.prediction_errors),
+        "taken_as_exact": list(certificate.taken_as_exact),
         "front": [
             {
                 "id": member.id,
+                "proxy": member.proxy,
                 "among_retrained": _or_null(member.among_retrained),
                 "among_all": _or_null(member.among_all),
             }
@@ -65,6 +69,7 @@ def to_json(certificate: Certificate) -> dict[str, Any]:
             for item in certificate.candidates
         ],
     }
+    return with_checksum(content)
 
 
 def from_json(value: object) -> Certificate:
@@ -82,7 +87,7 @@ def from_json(value: object) -> Certificate:
     ids = {item.id for item in items}
     if len(ids) < len(items):
         raise ValueError("candidates have an id twice")
-    return Certificate(
+    certificate = Certificate(
         settings=settings,
         steps=_integer("proxy_steps", whole.get("proxy_steps")),
         evaluations=_integer("evaluations", whole.get("evaluations")),
@@ -96,9 +101,15 @@ def from_json(value: object) -> Certificate:
             _or_nan("flipped_pairs", noise.get("flipped_pairs"), 0.0, 1.0),
             _or_nan("kendall_tau of seeds", noise.get("kendall_tau"), -1.0, 1.0),
         ),
+        prediction_errors=_errors(whole.get("prediction_errors")),
+        taken_as_exact=tuple(
+            _text("taken_as_exact", name) for name in _list("taken_as_exact", whole.get("taken_as_exact"))
+        ),
         front=tuple(_front_member(item) for item in _list("front", whole.get("front"))),
         candidates=items,
     )
+    require_checksum(whole)  # last, since the messages above say more
+    return certificate
 
 
 def write_certificate(certificate: Certificate, directory: Path) -> Path:
@@ -146,7 +157,9 @@ def read_certificate(directory: Path) -> Certificate | None:
     try:
         return from_json(json.loads(data))
     except (ValueError, RecursionError) as error:
-        raise RunDamaged(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+        raise RunDamaged(
+            f"{path} is damaged: {str(error).splitlines()[0]}; star fidelity makes it anew"
+        ) from error
 
 
 # ---- values into JSON and back -------------------------------------------------------------------------
@@ -187,9 +200,15 @@ def _front_member(value: object) -> FrontMember:
     item = _object("a member of the front", value)
     return FrontMember(
         _integer("id", item.get("id")),
+        _number("proxy", item.get("proxy"), 0.0, LARGEST_QUALITY),
         _or_nan("among_retrained", item.get("among_retrained"), 0.0, 1.0),
         _or_nan("among_all", item.get("among_all"), 0.0, 1.0),
     )
+
+
+def _errors(value: object) -> dict[str, float]:
+    items = _object("prediction_errors", value).items()
+    return {name: _number(f"error of {name}", error, 0.0, _LARGEST) for name, error in items}
 
 
 def _interval(name: str, whole: Mapping[str, Any], low: float) -> Interval:

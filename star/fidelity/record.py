@@ -5,7 +5,8 @@ synchronised to the disk; of a killed process a part of the last line may be lef
 is cut off before the next is written. Trainings are found again by what they were (genome, settings, seed),
 so a certificate of a larger sample, or of more seeds, goes on from a smaller one.
 
-The file may come from someone else: its size is limited, every value is checked, nothing is unpickled.
+The file may come from someone else: its size is limited, every value is checked, nothing is unpickled. Every
+training has a checksum, or a quality that was edited would be certified as one that was measured.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from star.fidelity.checksum import FIELD, require_checksum, with_checksum
 from star.proxy import ProxySettings
 from star.search.errors import RunDamaged, RunError, is_disk_full
 from star.search.settings import SearchSettings
@@ -25,7 +27,7 @@ from star.search.store import canonical_json
 
 __all__ = ["LARGEST_QUALITY", "Retraining", "TrainingRecord", "identity"]
 
-FORMAT = 1
+FORMAT = 2
 BYTES_AT_MOST = 64 << 20
 LARGEST_QUALITY = 1e6
 """No text takes more bits per byte; a number beyond it is damage."""
@@ -130,7 +132,7 @@ class TrainingRecord:
             RunError: it can not be written; no part of it counts.
         """
         lines = [] if self._whole_bytes else [canonical_json(self._head)]
-        lines.append(canonical_json(done.to_json()))
+        lines.append(canonical_json(with_checksum(done.to_json())))
         data = "".join(f"{line}\n" for line in lines).encode("ascii")
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
@@ -171,7 +173,7 @@ class TrainingRecord:
                 self._require_own(value)
                 continue
             try:
-                done = Retraining.from_json(value)
+                done = _training(value)
             except (TypeError, ValueError, OverflowError) as error:
                 raise RunDamaged(
                     f"{self.path} is damaged: line {number}: {str(error).splitlines()[0]}"
@@ -192,6 +194,15 @@ class TrainingRecord:
             raise RunDamaged(f"{self.path} is of another version of star")
         if head != self._head:
             raise RunDamaged(f"{self.path} belongs to a run of another model or text")
+
+
+def _training(value: object) -> Retraining:
+    """What a line holds. Raises ValueError for anything that `append` has not written."""
+    if not isinstance(value, dict):
+        return Retraining.from_json(value)
+    done = Retraining.from_json({name: item for name, item in value.items() if name != FIELD})
+    require_checksum(value)
+    return done
 
 
 def _is_number(value: object, largest: float) -> bool:

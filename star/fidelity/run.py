@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from star.fidelity.certificate import Certificate, certify
+from star.fidelity.device import prediction_errors
 from star.fidelity.document import write_certificate
 from star.fidelity.record import Retraining, TrainingRecord, identity
 from star.fidelity.sample import Member, stratified_sample
@@ -112,11 +113,13 @@ def make_certificate(
     settings = settings or FidelitySettings()
     run = RunDirectory(directory)
     if not run.path.is_dir():
-        raise RunError(f"run directory {run} does not exist")
+        missing_or_file = "is not a directory" if run.path.exists() else "does not exist"
+        raise RunError(f"run directory {run} {missing_or_file}")
     with run.locked():
         run.check()
         with RunStore.open(run.database) as store:
             search, facts, evaluations = store.settings(), store.facts(), store.evaluations()
+            errors = prediction_errors(search, evaluations, store.events())
         key = str(facts["data"].get("key") if isinstance(facts.get("data"), dict) else None)
         sample = _sample(run, evaluations, search, settings.sample)
         trainings = settings.trainings(search.proxy)
@@ -132,7 +135,7 @@ def make_certificate(
             with closing(_engine(run, evaluator, given, search, placement, missing, on_event)) as engine:
                 _retrain(engine, missing, record, len(jobs), on_event)
         done_of = {item.evaluation.key: _found(record, item, trainings) for item in sample}
-        certificate = certify(sample, done_of, evaluations, settings, search)
+        certificate = certify(sample, done_of, evaluations, settings, search, prediction_errors=errors)
         write_certificate(certificate, run.path)
     return certificate
 

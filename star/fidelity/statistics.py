@@ -113,6 +113,7 @@ def probability_non_dominated(
     exact: ArrayLike | None = None,
     rounds: int = 2000,
     seed: int = 0,
+    spreads: ArrayLike | None = None,
 ) -> Values:
     """How probably each candidate is truly non-dominated, when one objective is known with errors only.
 
@@ -125,6 +126,9 @@ def probability_non_dominated(
         exact: (N, M) the objectives that are known exactly; None or M = 0: there are none.
         rounds: how many draws.
         seed: equal seeds give equal probabilities.
+        spreads: (M,) for columns of `exact` that are known up to a factor: the standard deviation of the
+            factor's logarithm, which is drawn for every candidate independently too; 0: the column is
+            exact. None: all are.
 
     Returns:
         (N,) shares of the draws, 0 to 1.
@@ -147,17 +151,34 @@ def probability_non_dominated(
         )
     if rounds < 1:
         raise ValueError(f"probability_non_dominated: rounds is {rounds}, takes at least 1")
-    # [i, j]: j is as good as i in what is exact, so that the draws alone decide whether j dominates i.
-    as_good = (known[None, :, :] <= known[:, None, :]).all(axis=2)
-    better = as_good & (known[None, :, :] < known[:, None, :]).any(axis=2)
+    widths = np.zeros(known.shape[1]) if spreads is None else _column("spreads", spreads)
+    if len(widths) != known.shape[1] or (widths < 0).any():
+        raise ValueError(
+            f"probability_non_dominated: spreads are {widths.tolist()}, take {known.shape[1]} numbers from 0"
+        )
+    factors = known[:, widths > 0], widths[widths > 0]
+    as_good, better = _compared(known[:, widths == 0])
     rng = np.random.default_rng(seed)
     survived = np.zeros(count)
     for _ in range(rounds):
-        drawn = rng.normal(centres, errors)
-        no_worse = drawn[None, :] <= drawn[:, None]
-        less = drawn[None, :] < drawn[:, None]
+        columns = [rng.normal(centres, errors)[:, None]]
+        if len(factors[1]):
+            columns.append(factors[0] * np.exp(rng.normal(0.0, factors[1], factors[0].shape)))
+        no_worse, less = _compared(np.concatenate(columns, axis=1))
         survived += ~((better & no_worse) | (as_good & less)).any(axis=1)
     return survived / rounds
+
+
+def _compared(known: Values) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Of (N, M) columns, at [i, j]: whether j is nowhere worse than i; and better somewhere, too."""
+    as_good = np.ones((len(known), len(known)), dtype=np.bool_)
+    less = np.zeros_like(as_good)
+    for (
+        column
+    ) in known.T:  # one after the other: reducing over an axis as short as M takes several times longer
+        as_good &= column[None, :] <= column[:, None]
+        less |= column[None, :] < column[:, None]
+    return as_good, as_good & less
 
 
 def _column(name: str, values: ArrayLike) -> Values:

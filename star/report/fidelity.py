@@ -9,8 +9,9 @@ from pathlib import Path
 from star.fidelity.certificate import AIM, Candidate, Certificate, Interval
 from star.fidelity.document import NAME, read_certificate
 from star.report.html import Html, element, join
-from star.report.numbers import count, duration, value
+from star.report.numbers import count, duration, spoken, value
 from star.search.errors import RunDamaged
+from star.search.objectives import find
 from star.search.store import Evaluation
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "front_rows",
     "headline",
     "judged",
+    "not_certified",
     "read_own_certificate",
 ]
 
@@ -51,12 +53,18 @@ def read_own_certificate(directory: Path, evaluations: Mapping[int, Evaluation])
         if own is None or own.key != item.genome or own.objectives.get("quality") != item.proxy:
             raise RunDamaged(f"{directory / NAME} is of another run: candidate {item.id} is not this run's")
     for member in certificate.front:
-        if member.id not in evaluations:
+        own = evaluations.get(member.id)
+        if own is None or own.objectives.get("quality") != member.proxy:
             raise RunDamaged(f"{directory / NAME} is of another run: it has no candidate {member.id}")
     return certificate
 
 
 # ---- in sentences --------------------------------------------------------------------------------------
+
+
+def not_certified(run: Path) -> str:
+    """What is said where there is no certificate."""
+    return f"The ranking is not certified: star fidelity {run}"
 
 
 def headline(certificate: Certificate) -> Judged:
@@ -70,7 +78,7 @@ def judged(certificate: Certificate, evaluations: int | None = None) -> Judged:
     evaluations: that the run has by now, to say whether the certificate is behind.
     """
     sentences = [*headline(certificate), *_better_half(certificate), *_noise(certificate)]
-    sentences += [*_front(certificate), *_failures(certificate)]
+    sentences += [*_front(certificate), *_assumptions(certificate), *_failures(certificate)]
     if evaluations is not None and evaluations != certificate.evaluations:
         sentences.append(
             (f"The run has gone on since, from {certificate.evaluations} to {evaluations} evaluations.", None)
@@ -139,6 +147,29 @@ def _front(certificate: Certificate) -> Judged:
     return sentences
 
 
+def _assumptions(certificate: Certificate) -> Judged:
+    """What the front's probabilities make of objectives beside quality that are not known exactly."""
+    if not certificate.front:
+        return []
+    sentences = []
+    drawn = [
+        f"{spoken(name, capital=False)} (off by {100 * error:.1f} % in the median)"
+        for name, error in certificate.prediction_errors.items()
+    ]
+    if drawn:
+        sentences.append(f"The probabilities draw predictions with their error, too: {', '.join(drawn)}.")
+    predicted = [name for name in certificate.taken_as_exact if (item := find(name)) and item.device]
+    trained = [name for name in certificate.taken_as_exact if name not in predicted]
+    for names, why in (
+        (trained, "which one short training from one seed has measured"),
+        (predicted, "a prediction whose error this run has not measured"),
+    ):
+        sentences += [
+            f"The probabilities take {spoken(name, capital=False)} as exact, {why}." for name in names
+        ]
+    return [(sentence, None) for sentence in sentences]
+
+
 def _failures(certificate: Certificate) -> Judged:
     failures = certificate.failures
     if not failures:
@@ -173,9 +204,12 @@ def front_rows(certificate: Certificate) -> list[tuple[str, ...]]:
         rows.append(
             (
                 str(member.id),
-                "–" if item is None else value("quality", item.proxy),
+                value("quality", member.proxy),
                 "not retrained" if item is None else _longer(item, errors),
-                *("–" if math.isnan(chance) else _percent(chance) for chance in member[1:]),
+                *(
+                    "–" if math.isnan(chance) else _percent(chance)
+                    for chance in (member.among_retrained, member.among_all)
+                ),
             )
         )
     return rows
@@ -240,7 +274,8 @@ def _front_table(certificate: Certificate) -> Html | None:
     note = (
         "How probably each member of the front is truly non-dominated: among the candidates that were "
         "retrained, and among all, where the quality of those that were not is predicted from the proxy's by "
-        "a line through those that were, with its scatter. Other objectives are taken as they are."
+        "a line through those that were, with its scatter. What follows from the genome is exact, and "
+        "budgets are judged by what the search recorded."
     )
     table = element("table", element("thead", head), element("tbody", *body))
     return join(element("div", table, class_="wide"), element("p", note, class_="lead"))

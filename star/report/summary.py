@@ -10,7 +10,7 @@ from typing import Any
 from star.fidelity.certificate import Certificate
 from star.fidelity.document import to_json as fidelity_json
 from star.report.device import DeviceReport, budget_text, device_report
-from star.report.fidelity import headline, read_own_certificate
+from star.report.fidelity import headline, not_certified, read_own_certificate
 from star.report.numbers import count, difference, value
 from star.search.budgets import is_over_budget, judged
 from star.search.device import read_measured
@@ -222,7 +222,9 @@ class RunSummary:
         if not self.comparisons:
             judged.append(("No reference layout was trained, so there is nothing to compare with.", None))
         judged += [] if self.device is None else self.device.judged()
-        return judged + ([] if self.certificate is None else headline(self.certificate))
+        if self.certificate is not None:
+            return judged + headline(self.certificate)
+        return judged + ([(not_certified(self.directory), None)] if self.front else [])
 
     def _budget_judged(self) -> list[tuple[str, bool | None]]:
         """How many candidates keep the budgets, in words."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from recorded_runs import evaluation, genomes, small_settings
 from retrainings import trainings
 
 from star.fidelity.certificate import Certificate, certify
+from star.fidelity.checksum import with_checksum
 from star.fidelity.document import from_json, read_certificate, to_json, write_certificate
 from star.fidelity.sample import stratified_sample
 from star.fidelity.settings import FidelitySettings
 from star.fidelity.statistics import kendall_tau
+from star.report.fidelity import front_rows, judged
 from star.search.errors import RunDamaged
 from star.search.store import Evaluation
 
@@ -178,6 +181,73 @@ class TestFront:
         assert 0 not in {member.id for member in made.front}
         assert len(made.front) == sum(item.on_front for item in made.candidates) - 1
 
+    def test_predictions_are_drawn_with_their_error(self) -> None:
+        """Beside the best of all stands one that is faster by a hair, as far as predictions go."""
+        objectives = [{"quality": proxy, "size": 1.0, "ttft": 100.0} for proxy in PROXIES]
+        objectives[1]["ttft"] = 99.0
+        run = [evaluation(id, GENOMES[id], 0, objectives=row) for id, row in enumerate(objectives)]
+        settings, search = FidelitySettings(sample=COUNT), small_settings(objectives=("quality", "ttft"))
+        sample = stratified_sample(run, search, COUNT)
+        rows = [[proxy, proxy + 1e-6, proxy - 1e-6] for proxy in PROXIES]
+        done = trainings(sample, settings, rows)
+        taken = certify(sample, done, run, settings, search, 400)
+        assert (taken.prediction_errors, taken.taken_as_exact) == ({}, ("ttft",))
+        assert [(member.id, member.among_retrained) for member in taken.front] == [(0, 1.0), (1, 1.0)]
+        errors = {"ttft": 0.1, "decode_p50": 0.5}
+        drawn = certify(sample, done, run, settings, search, 400, errors)
+        assert (drawn.prediction_errors, drawn.taken_as_exact) == ({"ttft": 0.1}, ())
+        # The second is on the front where it is faster than the first: little more than every other time.
+        assert drawn.front[0].among_retrained == 1.0
+        assert drawn.front[1].among_retrained == pytest.approx(0.52, abs=0.08)
+        assert drawn.front[1].among_all == drawn.front[1].among_retrained
+        assert from_json(json.loads(json.dumps(to_json(drawn)))).prediction_errors == {"ttft": 0.1}
+
+    def test_what_is_taken_as_exact_is_said(self) -> None:
+        def say(**known: Any) -> list[str]:
+            made = certificate(PROXIES, noise=0.1, objectives=("quality", "size"))
+            return [text for text, _ in judged(replace(made, **known)) if "The probabilities" in text]
+
+        assert say() == []
+        assert say(taken_as_exact=("recall", "ttft@64")) == [
+            "The probabilities take recall as exact, which one short training from one seed has measured.",
+            "The probabilities take time to first token at 64 as exact, a prediction whose error this run "
+            "has not measured.",
+        ]
+        assert say(prediction_errors={"decode_p50": 0.093}) == [
+            "The probabilities draw predictions with their error, too: decode p50 (off by 9.3 % in the "
+            "median)."
+        ]
+        assert say(front=(), taken_as_exact=("recall",)) == []
+
+    def test_recall_is_taken_as_exact(self) -> None:
+        found = certificate(PROXIES, noise=0.1, objectives=("quality", "size", "cache"))
+        assert found.taken_as_exact == ()
+        run = [
+            replace(item, objectives={**item.objectives, "recall": 0.5})
+            for item in candidates(PROXIES, SIZES)
+        ]
+        search, settings = small_settings(objectives=("quality", "recall")), FidelitySettings(sample=COUNT)
+        sample = stratified_sample(run, search, COUNT)
+        done = trainings(sample, settings, [[proxy] * SEEDS for proxy in PROXIES])
+        made = certify(sample, done, run, settings, search, 10)
+        assert made.taken_as_exact == ("recall",)
+        assert to_json(made)["taken_as_exact"] == ["recall"]
+
+    def test_members_that_were_not_retrained_have_their_proxy(self) -> None:
+        """More are on the front than the sample takes."""
+        run = candidates(PROXIES, [200.0 - place for place in range(COUNT)])
+        search, settings = small_settings(objectives=("quality", "size")), FidelitySettings(sample=6)
+        sample = stratified_sample(run, search, 6)
+        done = trainings(sample, settings, [[i.evaluation.objectives["quality"]] * SEEDS for i in sample])
+        made = certify(sample, done, run, settings, search, 10)
+        sampled = {item.id for item in made.candidates}
+        assert [member.proxy for member in made.front] == PROXIES
+        rows = {int(row[0]): row[1:3] for row in front_rows(made)}
+        left_out = sorted(set(rows) - sampled)
+        assert left_out
+        for id in left_out:
+            assert rows[id] == (f"{PROXIES[id]:.4f}", "not retrained")
+
     def test_where_quality_is_not_searched_for_there_is_nothing_to_doubt(self) -> None:
         assert certificate(PROXIES, noise=0.1, objectives=("size", "cache")).front == ()
 
@@ -204,7 +274,7 @@ class TestFile:
     @pytest.mark.parametrize(
         ("path", "value"),
         [
-            (("format",), 2),
+            (("format",), 1),
             (("settings",), {"sample": 24}),
             (("settings", "seeds"), 0),
             (("kendall_tau", "value"), 1.5),
@@ -214,6 +284,11 @@ class TestFile:
             (("seed_noise", "flipped_pairs"), "many"),
             (("front",), {"id": 1}),
             (("front", 0, "among_all"), 2),
+            (("front", 0, "proxy"), None),
+            (("prediction_errors",), [0.1]),
+            (("prediction_errors",), {"ttft": -1}),
+            (("taken_as_exact",), "recall"),
+            (("taken_as_exact",), [7]),
             (("candidates", 0, "qualities"), [1.0]),
             (("candidates", 0, "qualities", 0), None),
             (("candidates", 0, "proxy"), None),
@@ -230,10 +305,39 @@ class TestFile:
         for step in path[:-1]:
             part = part[step]
         part[path[-1]] = value
+        # Signed again, so that it is the value that is refused.
+        whole = with_checksum(whole)
         (tmp_path / "fidelity.json").write_text(json.dumps(whole))
-        with pytest.raises(RunDamaged, match=r"fidelity\.json is damaged: ") as caught:
+        with pytest.raises(RunDamaged, match=r"fidelity\.json is damaged: (?!its checksum)") as caught:
             read_certificate(tmp_path)
         assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("path", "value"),
+        [
+            (("kendall_tau", "value"), 0.99),
+            (("kendall_tau", "low"), 0.98),
+            (("front", 0, "among_retrained"), 0.5),
+            (("front", 0, "among_all"), 0.5),
+            (("candidates", 3, "qualities", 0), 2.0),
+            (("candidates", 3, "mean"), 2.0),
+            (("seed_noise", "standard_deviation"), 0.001),
+            (("a note",), "believe me"),
+            (("checksum",), "0" * 64),
+            (("checksum",), None),
+        ],
+    )
+    def test_that_was_edited_is_refused(self, tmp_path: Path, path: tuple[Any, ...], value: object) -> None:
+        write_certificate(certificate(PROXIES, noise=0.1, objectives=("quality", "size")), tmp_path)
+        whole = json.loads((tmp_path / "fidelity.json").read_text())
+        part: Any = whole
+        for step in path[:-1]:
+            part = part[step]
+        assert part.get(path[-1]) != value if isinstance(part, dict) else part[path[-1]] != value
+        part[path[-1]] = value
+        (tmp_path / "fidelity.json").write_text(json.dumps(whole))
+        with pytest.raises(RunDamaged, match=r"fidelity\.json is damaged: its checksum is not that of its"):
+            read_certificate(tmp_path)
 
     @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[]", b'{"format": NaN}'])
     def test_that_is_no_json_object_is_refused(self, tmp_path: Path, data: bytes) -> None:

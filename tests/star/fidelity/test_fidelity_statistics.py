@@ -106,6 +106,27 @@ def test_a_candidate_of_smallest_size_is_never_dominated() -> None:
     assert got[1] + got[2] == 1.0
 
 
+def test_columns_known_up_to_a_factor_are_drawn() -> None:
+    # The first is dominated where the second is smaller too: ln 2 of a factor apart, each with a spread of 1.
+    first, second = probability_non_dominated(
+        [2.0, 1.0], [0.0, 0.0], [[1.0, 5.0], [2.0, 5.0]], rounds=5000, spreads=[1.0, 0.0]
+    )
+    assert first == pytest.approx(1 - 0.5 * math.erfc(math.log(2) / 2), abs=0.02)
+    assert second == 1.0
+    # Negative columns (of objectives that are maximised) keep their sign.
+    first, second = probability_non_dominated(
+        [2.0, 1.0], [0.0, 0.0], [[-2.0], [-1.0]], rounds=5000, spreads=[1.0]
+    )
+    assert first == pytest.approx(1 - 0.5 * math.erfc(math.log(2) / 2), abs=0.02)
+    assert second == 1.0
+
+
+def test_a_spread_of_nothing_changes_nothing() -> None:
+    arguments = [1.0, 1.1, 1.2], [0.2] * 3, [[3.0], [2.0], [2.0]]
+    plain = probability_non_dominated(*arguments, rounds=200)
+    assert plain.tolist() == probability_non_dominated(*arguments, rounds=200, spreads=[0.0]).tolist()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -122,6 +143,8 @@ def test_a_candidate_of_smallest_size_is_never_dominated() -> None:
         (lambda: probability_non_dominated([1, 2], [1, 1], [[1]]), "exact has shape"),
         (lambda: probability_non_dominated([1, 2], [1, 1], [[1.0], [math.inf]]), "exact has shape"),
         (lambda: probability_non_dominated([1], [1], rounds=0), "rounds is 0"),
+        (lambda: probability_non_dominated([1], [1], [[1]], spreads=[-1]), "spreads are"),
+        (lambda: probability_non_dominated([1], [1], [[1]], spreads=[0.1, 0.1]), "spreads are"),
     ],
 )
 def test_wrong_arguments_are_named(call, message: str) -> None:  # type: ignore[no-untyped-def]

@@ -21,6 +21,7 @@ import star.fidelity.run as run_module
 from star.commands import app
 from star.data import open_corpus
 from star.fidelity.certificate import Certificate, certify
+from star.fidelity.checksum import with_checksum
 from star.fidelity.document import read_certificate
 from star.fidelity.retrain import retrain
 from star.fidelity.run import Event, RetrainingFinished, RetrainingStarted, make_certificate
@@ -254,7 +255,7 @@ class TestRefuses:
         [
             (lambda rows: ["no json", *rows[1:]], "line 1 is not JSON"),
             (lambda rows: ["[]", *rows[1:]], "no record of star fidelity"),
-            (lambda rows: [rows[0].replace('"format":1', '"format":9'), *rows[1:]], "another version"),
+            (lambda rows: [rows[0].replace('"format":2', '"format":9'), *rows[1:]], "another version"),
             (lambda rows: [rows[0].replace("cdcd", "efef"), *rows[1:]], "another model or text"),
             (lambda rows: [rows[0], "", *rows[1:]], "line 2 is not JSON"),
             (lambda rows: [rows[0], "7", *rows[1:]], "line 2: takes genome, quality"),
@@ -267,6 +268,16 @@ class TestRefuses:
             (lambda rows: [*rows[:3], rows[3].replace('"steps":', '"stepz":')], "unknown field 'stepz'"),
             (lambda rows: [*rows[:3], rows[3].replace('"steps":', '"steps":-')], "steps is -"),
             (lambda rows: [*rows[:3], re.sub('"dtype":"[a-z]+"', '"dtype":[]', rows[3])], "dtype is"),
+            (lambda rows: [*rows[:3], re.sub('"quality":[0-9.]+', '"quality":1.5', rows[3])], "line 4: its"),
+            (lambda rows: [*rows[:3], re.sub('"seed":[0-9]+', '"seed":77', rows[3])], "line 4: its checksum"),
+            (
+                lambda rows: [*rows[:3], re.sub('"checksum":"[0-9a-f]+",', "", rows[3])],
+                "line 4: its checksum",
+            ),
+            (
+                lambda rows: [*rows[:3], re.sub('"checksum":"[0-9a-f]+"', '"checksum":[]', rows[3])],
+                "line 4: its",
+            ),
         ],
     )
     def test_a_damaged_record(self, certified: Path, run: Path, change: Any, says: str) -> None:
@@ -303,10 +314,38 @@ class TestReport:
 
     def test_refuses_the_certificate_of_another_run(self, certified: Path, tmp_path: Path) -> None:
         other = finished_run(tmp_path / "other")
-        text = (certified / "fidelity.json").read_text()
-        (other / "fidelity.json").write_text(re.sub('"proxy": [0-9.]+', '"proxy": 1.25', text))
+        whole = json.loads((certified / "fidelity.json").read_text())
+        whole["candidates"][0]["proxy"] = 1.25
+        (other / "fidelity.json").write_text(json.dumps(with_checksum(whole)))
         with pytest.raises(RunDamaged, match="is of another run: candidate"):
             read_run(other)
+
+    @pytest.mark.parametrize("name", ["value", "high"])
+    def test_refuses_a_tau_that_was_edited(self, certified: Path, tmp_path: Path, name: str) -> None:
+        other = finished_run(tmp_path / "other")
+        whole = json.loads((certified / "fidelity.json").read_text())
+        whole["kendall_tau"][name] = 0.99
+        (other / "fidelity.json").write_text(json.dumps(whole))
+        result = CliRunner().invoke(app, ["report", str(other)])
+        assert result.exit_code == 2
+        assert re.fullmatch(r"star: .*fidelity\.json is damaged: its checksum.*anew\n", result.stderr)
+
+    def test_says_in_the_terminal_whether_the_ranking_is_certified(self, run: Path, certified: Path) -> None:
+        def printed(directory: Path, *options: str) -> str:
+            result = CliRunner().invoke(app, ["report", str(directory), *options])
+            assert result.exit_code == 0, result.output
+            return result.stdout
+
+        said = f"The ranking is not certified: star fidelity {run}"
+        assert f"• {said}\n" in printed(run)
+        assert json.loads(printed(run, "--json"))["verdicts"][-1] == said
+        assert said in (run / "report" / "index.html").read_text("utf-8")
+        certificate = read_certificate(certified)
+        assert certificate is not None
+        tau = f"is {certificate.tau.value:.2f} (95 %: ".replace("-", "−")
+        for text in (printed(certified), " ".join(json.loads(printed(certified, "--json"))["verdicts"])):
+            assert "not certified" not in text
+            assert tau in text
 
 
 class TestCommand:
@@ -363,7 +402,7 @@ class TestCommand:
         assert result.exit_code == 2
         assert says in result.stderr
 
-    @pytest.mark.parametrize("kind", ["missing", "empty", "no run", "damaged"])
+    @pytest.mark.parametrize("kind", ["missing", "empty", "no run", "damaged", "file"])
     def test_refuses_what_is_no_run(self, tmp_path: Path, run: Path, kind: str) -> None:
         directory = {"missing": tmp_path / "nowhere", "empty": tmp_path / "empty"}.get(kind, run)
         (tmp_path / "empty").mkdir()
@@ -371,8 +410,11 @@ class TestCommand:
             (run / "run.db").write_bytes(b"")
         elif kind == "damaged":
             (run / "fidelity.jsonl").write_text("[]\n")
+        elif kind == "file":
+            directory = run / "run.db"
         result = self.call(directory)
         assert result.exit_code == 2
+        assert ("is not a directory" in result.stderr) == (kind == "file")
         assert re.fullmatch(r"star: .+\n", result.stderr)
 
     def test_stopped_by_hand(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
