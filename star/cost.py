@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -129,11 +130,20 @@ def flops(genome: Genome, config: ModelConfig, length: int) -> int:
 
 
 def _costs(genome: Genome, config: ModelConfig) -> Iterator[tuple[LivPlan, LivCost]]:
-    known: dict[int, LivCost] = {}
+    known = _known_costs(config)
     for plan in resolve(genome):
-        if plan.entry.id not in known:
-            known[plan.entry.id] = plan.entry.load_cost()(plan.entry, config)
-        yield plan, known[plan.entry.id]
+        entry = plan.entry
+        found = known.get(id(entry))
+        if found is None:
+            found = known[id(entry)] = (entry, entry.load_cost()(entry, config))
+        yield plan, found[1]
+
+
+@lru_cache(maxsize=16)
+def _known_costs(config: ModelConfig) -> dict[int, tuple[LivClass, LivCost]]:
+    """Costs of the entries that were asked for at these sizes, by the entry's id. The entry is held beside
+    them, so that its id means no other one; its hash would take longer than its costs."""
+    return {}
 
 
 def _require_length(function: str, length: int) -> None:

@@ -20,6 +20,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -173,12 +174,12 @@ class LivClass:
                 f"out of {', '.join(self.groups)}"
             )
 
-    @property
+    @cached_property
     def groups(self) -> tuple[str, ...]:
         """Names of all feature groups, in the featurizer's order."""
         return tuple(group.name for group in self.featurizer)
 
-    @property
+    @cached_property
     def feature_strategies(self) -> tuple[tuple[str, ...], ...]:
         """Groups shared by each feature-sharing strategy; entry 0 is strategy 1, which shares nothing.
 

@@ -1,4 +1,4 @@
-"""From a device's table to what a genome takes there: sums over its LIVs, in microseconds.
+"""From a device's table to what a genome takes there: sums over its LIVs, in less than a millisecond.
 
     prefill, decode   ends + the LIVs' rows + for each LIV its norm and the calibration's share
     decode_p95        the predicted median times the calibration's tail
@@ -11,8 +11,6 @@ another computes less. Sharing a featurizer saves memory and no time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
 
 from star import cost, pools
 from star.config import ModelConfig
@@ -123,4 +121,4 @@ def known_memory(genome: Genome, config: ModelConfig, settings: MeasureSettings,
     streams = 2 * min(settings.chunk, context) * config.width
     length = context + settings.decode_steps + ROOM
     cache = cost.cache_bytes(genome, config, length=length, dtype=dtype)
-    return (weights + streams) * torch.empty((), dtype=dtype).element_size() + cache
+    return (weights + streams) * dtype.itemsize + cache

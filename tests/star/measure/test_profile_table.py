@@ -12,7 +12,7 @@ import pytest
 import torch
 from known_tables import CONTEXTS, SETTINGS, row, table
 
-from star import baselines, cost, pools
+from star import baselines, cost, pools, sharing
 from star.genome import Genome
 from star.measure.settings import MeasureSettings
 from star.profile.cached import agrees, cached_path, find_or_measure
@@ -124,6 +124,19 @@ class TestPrediction:
         known = table()
         unknown = replace(known, rows=tuple(replace(item, transient=None) for item in known.rows))
         assert "peak_memory@64" not in Predictor(unknown).predict(baselines.lfm2(4))
+
+    def test_what_is_remembered_changes_no_prediction(self) -> None:
+        import numpy as np
+
+        rng = np.random.default_rng(2)
+        known = Predictor(table())
+        other = Predictor(table(replace(SETTINGS, width=128)))
+        genomes = [Genome.random(12, rng) for _ in range(20)]
+        remembered = [(known.predict(genome), other.predict(genome)) for genome in genomes]
+        for genome, values in zip(genomes, remembered, strict=True):
+            cost._known_costs.cache_clear()
+            sharing._resolved.cache_clear()
+            assert (known.predict(genome), other.predict(genome)) == values
 
     def test_every_genome_is_predicted(self) -> None:
         import numpy as np
