@@ -1,16 +1,21 @@
 """What `python -m benchmarks.paper` does, as one plain value, and the files that it keeps in its folder.
 
     plan.json          the plan; the same command goes on with it, another plan is refused
+    environment.json   versions, processor and text that it was begun with
     device.json        the table of the device, which `decode_p50` is predicted from
     NAME/              the run directory of each search
     retrained.jsonl    one line a genome and seed that was trained longer
-    drift.jsonl        one line a simulated evolution without selection
+    drift.jsonl        one line a simulated evolution for a neutral fitness
+    measured.jsonl     one line a genome whose whole model was measured on the device
+    paper.md, .json    the report, written anew after each stage
 
-The last two only grow, a whole line at a time, so that a killed process loses the line that it was writing.
+The .jsonl files only grow, a whole line at a time, so that a killed process loses the line that it was
+writing.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -22,7 +27,7 @@ from star.search import SearchSettings, preset
 from star.search.store import canonical_json
 from star.training_directory import write_whole
 
-__all__ = ["SEARCHES", "Folder", "Plan", "append_line", "read_lines"]
+__all__ = ["SEARCHES", "Folder", "Plan", "append_line", "first_difference", "read_lines"]
 
 SEARCHES: dict[str, tuple[str, ...]] = {
     "quality": ("quality",),
@@ -32,7 +37,10 @@ SEARCHES: dict[str, tuple[str, ...]] = {
 }
 """The paper's three searches, and the joint one that it did not run."""
 
-FORMAT = 1
+FORMAT = 2
+
+HELD_OUT_TIMES = 8
+"""A longer training is evaluated on so many times the windows that the search's proxy was."""
 
 
 def _two_cores() -> SearchSettings:
@@ -49,10 +57,12 @@ class Plan:
         search: settings of the searches; objectives and seed are replaced for each.
         best: candidates of each search that are trained longer.
         longer: how many times as many steps, of the proxy and of the recall task.
-        seeds: trainings of each, with the seeds from the proxy's own on.
-        drifts: evolutions without selection that are simulated.
+        seeds: trainings of each, with the seeds that follow the proxy's own.
+        drifts: evolutions for a neutral fitness that are simulated for each number of objectives.
         cpu_time: whether the device's table counts processor seconds of one thread instead of the clock's,
             for machines that have something else to do.
+        quick: whether it only tries the path.
+        preset: of star search that the options named; None for none.
 
     Raises:
         ValueError: a number below 1, or processor seconds of another device.
@@ -62,8 +72,10 @@ class Plan:
     best: int = 8
     longer: int = 5
     seeds: int = 3
-    drifts: int = 1000
+    drifts: int = 400
     cpu_time: bool = False
+    quick: bool = False
+    preset: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("best", "longer", "seeds", "drifts"):
@@ -79,29 +91,50 @@ class Plan:
         return replace(self.search, objectives=SEARCHES[name], seed=seed, references=True, keep_weights=False)
 
     def longer_settings(self) -> SearchSettings:
-        """The settings of the trainings of the best: quality and recall, with `longer` times the steps."""
+        """The settings of the trainings of the best: quality and recall, with `longer` times the steps.
+
+        What a longer training reaches is measured and not extrapolated, on `HELD_OUT_TIMES` the windows.
+        """
         proxy, recall = self.search.proxy, self.search.recall
         return replace(
             self.search,
             objectives=("quality", "recall"),
             proxy=replace(
-                proxy, steps=proxy.steps * self.longer, warmup_steps=proxy.warmup_steps * self.longer
+                proxy,
+                steps=proxy.steps * self.longer,
+                warmup_steps=proxy.warmup_steps * self.longer,
+                evaluate_every=proxy.evaluate_every * self.longer,
+                extrapolate_to=0,
+                validation_batches=proxy.validation_batches * HELD_OUT_TIMES,
             ),
             recall=replace(
                 recall, steps=recall.steps * self.longer, warmup_steps=recall.warmup_steps * self.longer
             ),
         )
 
+    def longer_seeds(self) -> list[int]:
+        """Seeds of the longer trainings. The proxy's own is none of them, as in a certificate: the luck with
+        initialisation and data that a candidate was chosen for must not be found again."""
+        first = self.search.proxy.seed + 1
+        return [(first + place) % 2**63 for place in range(self.seeds)]
+
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON without what may change between two sessions: workers and engine."""
+        """Plain JSON without what may change between two sessions: workers and engine.
+
+        Every setting is in it, those too that other records leave out where they are the defaults: a begun
+        experiment goes on as it was when defaults change.
+        """
+        search = self.search
         return {
             "format": FORMAT,
-            "search": self.search.identity(),
-            "best": self.best,
-            "longer": self.longer,
-            "seeds": self.seeds,
-            "drifts": self.drifts,
-            "cpu_time": self.cpu_time,
+            **{item.name: getattr(self, item.name) for item in dataclasses.fields(self)},
+            "search": {
+                **search.identity(),
+                "proxy": dataclasses.asdict(search.proxy),
+                "rungs": list(search.rungs),
+                "rung_rivals": search.rung_rivals,
+                "rung_confidence": search.rung_confidence,
+            },
         }
 
     @classmethod
@@ -142,6 +175,19 @@ class Folder:
     def drift_file(self) -> Path:
         return self.path / "drift.jsonl"
 
+    @property
+    def measured_file(self) -> Path:
+        return self.path / "measured.jsonl"
+
+    @property
+    def environment_file(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def report_files(self) -> tuple[Path, Path]:
+        """The page and its numbers."""
+        return self.path / "paper.md", self.path / "paper.json"
+
     def run(self, name: str) -> Path:
         """The run directory of one of `SEARCHES`."""
         return self.path / name
@@ -155,7 +201,7 @@ class Folder:
         self.path.mkdir(parents=True, exist_ok=True)
         if self.plan_file.exists():
             there, given = self.plan().to_json(), plan.to_json()
-            difference = _first_difference(there, given)
+            difference = first_difference(there, given)
             if difference:
                 raise ValueError(f"{self.path} holds an experiment with other settings: {difference}")
             return
@@ -175,11 +221,11 @@ class Folder:
             raise ValueError(f"{self.plan_file} {str(error).splitlines()[0]}") from error
 
 
-def _first_difference(there: Any, given: Any, name: str = "") -> str | None:
-    """Where two JSON objects differ first, as "search.proxy.steps is 50 there, 80 here"."""
+def first_difference(there: Any, given: Any, name: str = "") -> str | None:
+    """Where two JSON values differ first, as "search.proxy.steps is 50 there, 80 here"."""
     if isinstance(there, dict) and isinstance(given, dict):
         for key in sorted({*there, *given}):
-            found = _first_difference(there.get(key), given.get(key), f"{name}.{key}" if name else key)
+            found = first_difference(there.get(key), given.get(key), f"{name}.{key}" if name else key)
             if found:
                 return found
         return None

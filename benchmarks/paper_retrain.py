@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
-
-import numpy as np
 
 from benchmarks.paper_plan import Folder, Plan, append_line, read_lines
 from star.genome import Genome
 from star.search.corpus import CorpusRecord
-from star.search.front import candidates
 from star.search.gpus import Placement
 from star.search.layouts import BASELINES
-from star.search.objectives import objective_vector
-from star.search.ranking import fronts
-from star.search.store import Evaluation
 from star.search.workers import Engine, LocalEngine, Task
 
-__all__ = ["Longer", "best", "engine_of", "layouts", "read_longer", "retrain"]
+__all__ = ["Longer", "engine_of", "layouts", "read_longer", "read_retrained", "retrain"]
+
+_LOST = "its worker died"
+"""How `star.search.workers.lost_twice` begins its reason."""
 
 EVALUATOR = "star.fidelity.retrain:retrain"
 
@@ -34,30 +31,6 @@ def layouts(depth: int) -> dict[str, str]:
     return {name: layout(depth).key for name, layout in BASELINES.items()}
 
 
-def best(
-    evaluations: Iterable[Evaluation], objectives: Sequence[str], count: int, reference: Evaluation | None
-) -> list[Evaluation]:
-    """The `count` candidates of a search that are trained longer.
-
-    Those first that take no more than the reference of whatever was searched for beside quality (what costs
-    more than Transformer++ is no success of a search for something small); among them front by front, and
-    within a front by the proxy's quality. Everything but the quality is exact, so only the proxy can err.
-    """
-    competing = candidates(evaluations)
-    if not competing:
-        return []
-    vectors = [objective_vector(item.objectives, objectives) for item in competing]
-    rank = fronts(np.array(vectors))
-    limits = {name: reference.objectives[name] for name in objectives[1:]} if reference is not None else {}
-
-    def place(index: int) -> tuple[bool, int, float, int]:
-        item = competing[index]
-        over = any(item.objectives[name] > limit for name, limit in limits.items())
-        return over, int(rank[index]), item.objectives["quality"], item.id
-
-    return [competing[index] for index in sorted(range(len(competing)), key=place)[:count]]
-
-
 # ---- training ------------------------------------------------------------------------------------------
 
 
@@ -67,7 +40,7 @@ def engine_of(folder: Folder, plan: Plan, corpus: CorpusRecord, placement: Place
     given = {
         **settings.to_json(),
         "corpus": asdict(corpus),
-        "seeds": [settings.proxy.seed + seed for seed in range(plan.seeds)],
+        "seeds": plan.longer_seeds(),
     }
     given["model"] = {**given["model"], "vocab_size": corpus.vocab_size}
     threads = settings.proxy.threads or 1
@@ -88,9 +61,13 @@ def retrain(
     corpus: CorpusRecord,
     engine: Engine,
     tell: Callable[[str], None],
+    lost: set[tuple[str, int]],
 ) -> None:
     """Train what is not recorded yet of `genomes` (canonical) times `plan.seeds`; seeds outermost, so that a
     stopped experiment has something of everything.
+
+    A training that was lost with its worker is no verdict on its genome: it is done again, once a session.
+    `lost` has those of this session, and gets those that are lost here.
 
     Raises:
         RunError, DiskFull: as `star.search.search`.
@@ -101,7 +78,7 @@ def retrain(
         (seed, genome)
         for seed in range(plan.seeds)
         for genome in dict.fromkeys(genomes)
-        if seed not in there.get(genome, {})
+        if not _is_settled(there.get(genome, {}).get(seed), (genome, seed) in lost)
     ]
     if not jobs:
         return
@@ -110,13 +87,24 @@ def retrain(
         seed, genome = jobs[id // plan.seeds]
         line = {"genome": genome, "seed": seed, "corpus": corpus.key, "result": result}
         append_line(folder.retrained_file, line)
+        if _is_lost(result):
+            lost.add((genome, seed))
         quality = result["objectives"].get("quality")
         said = f"failed: {result['reason']}" if quality is None else f"{quality:.4f} bits per byte"
         tell(f"longer training {finished} of {len(tasks)}, seed {seed}: {said}")
 
 
+def _is_settled(result: Mapping[str, Any] | None, tried: bool) -> bool:
+    return result is not None and (tried or not _is_lost(result))
+
+
+def _is_lost(result: Mapping[str, Any]) -> bool:
+    """Whether the worker died, and not the training."""
+    return result["status"] == "failed" and str(result.get("reason")).startswith(_LOST)
+
+
 def read_retrained(folder: Folder, corpus_key: str | None = None) -> Retrained:
-    """What is recorded, by genome and seed.
+    """What is recorded, by genome and seed; of a training that was done again, the last.
 
     Raises:
         ValueError: the record is damaged, or of another text than `corpus_key`; one line.
@@ -165,24 +153,6 @@ class Longer:
     def mean(self) -> float | None:
         """Of the quality; None before the first training."""
         return statistics.mean(self.quality) if self.quality else None
-
-    @property
-    def standard_error(self) -> float | None:
-        """Of that mean; None under two seeds."""
-        count = len(self.quality)
-        return statistics.stdev(self.quality) / math.sqrt(count) if count > 1 else None
-
-    def better_than(self, other: Longer) -> bool:
-        """Whether its mean is below the other's."""
-        return self.mean is not None and other.mean is not None and self.mean < other.mean
-
-    def clearly_better_than(self, other: Longer) -> bool:
-        """Whether it is so by more than twice the standard error of the difference."""
-        if self.mean is None or other.mean is None:
-            return False
-        if self.standard_error is None or other.standard_error is None:
-            return False
-        return other.mean - self.mean > 2 * math.hypot(self.standard_error, other.standard_error)
 
 
 def read_longer(retrained: Mapping[str, Mapping[int, Mapping[str, Any]]], genome: str) -> Longer:
