@@ -1,15 +1,20 @@
 """How well a table of single LIVs predicts whole models: random genomes, predicted and then measured.
 
     python -m benchmarks.prediction --out benchmarks/results/prediction.md
+    python -m benchmarks.prediction --width 768 --context 4096 --genomes 4 --out FILE
 
 The machine should have nothing else to do. Where that can not be had, --cpu-time counts the process's own
-processor seconds on one thread instead of the clock's.
+processor seconds on one thread instead of the clock's; memory needs no quiet machine. The file has a section
+for each size and device; the same ones again replace theirs.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
+import re
+import shlex
 import statistics
 import sys
 import time
@@ -17,6 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -31,6 +37,9 @@ from star.profile.table import ProfileTable
 from star.report.numbers import title, value
 
 Values = Mapping[str, float]
+Result = TypeVar("Result")
+
+TITLE = "# Predictions from single LIVs"
 
 
 def main() -> None:
@@ -51,10 +60,11 @@ def main() -> None:
         genome = Genome.random(chosen.depth, rng)
         pairs.append((predictor.predict(genome), measure(genome)))
         print(f"{number} of {chosen.genomes}", _line(*pairs[-1]), flush=True)
-    text = report(table, pairs, chosen.depth, chosen.cpu_time, _microseconds(table, chosen.depth))
+    text = section(table, pairs, chosen.depth, chosen.cpu_time, _microseconds(table, chosen.depth))
     print(text)
     if chosen.out is not None:
-        chosen.out.write_text(text, encoding="utf-8")
+        before = chosen.out.read_text(encoding="utf-8") if chosen.out.exists() else ""
+        chosen.out.write_text(with_section(before, text), encoding="utf-8")
 
 
 def _on_clock(settings: MeasureSettings) -> tuple[ProfileTable, Callable[[Genome], Values]]:
@@ -66,9 +76,28 @@ def _on_clock(settings: MeasureSettings) -> tuple[ProfileTable, Callable[[Genome
 
 
 def _on_processor(settings: MeasureSettings) -> tuple[ProfileTable, Callable[[Genome], Values]]:
-    """Processor seconds of this process; memory is left out, since the models share it."""
-    table = table_by_processor_time(settings, tell=print)
-    return table, lambda genome: measure_genome(genome, settings.config(), settings, timer=processor_timer)
+    """Processor seconds, every model in a process of its own, whose memory is that model's alone."""
+    table = _alone(_processor_table, settings)
+    return table, lambda genome: _alone(_processor_whole, genome, settings)
+
+
+def _alone(function: Callable[..., Result], *arguments: object) -> Result:
+    """What a function of this module returns in a new process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def _processor_table(settings: MeasureSettings) -> ProfileTable:
+    whole = partial(measure_genome, timer=processor_timer)
+    return measure_table(settings, tell=_say, timer=processor_timer, whole=whole)
+
+
+def _processor_whole(genome: Genome, settings: MeasureSettings) -> Values:
+    return measure_genome(genome, settings.config(), settings, timer=processor_timer)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def processor_timer(call: Callable[[], object]) -> float:
@@ -79,7 +108,8 @@ def processor_timer(call: Callable[[], object]) -> float:
 
 
 def table_by_processor_time(settings: MeasureSettings, *, tell: Callable[[str], None]) -> ProfileTable:
-    """The table of a device in processor seconds of this process, without memory."""
+    """The table of a device in processor seconds of this process, without memory, which it may have used for
+    something else before."""
     whole = partial(measure_genome, timer=processor_timer)
     table = measure_table(settings, tell=tell, timer=processor_timer, whole=whole)
     return replace(table, calibrations=tuple(replace(item, memory=None) for item in table.calibrations))
@@ -96,14 +126,15 @@ def _microseconds(table: ProfileTable, depth: int) -> float:
     return 1e6 * (time.process_time() - began) / len(genomes)
 
 
-def report(
+def section(
     table: ProfileTable, pairs: list[tuple[Values, Values]], depth: int, cpu_time: bool, microseconds: float
 ) -> str:
     """Markdown: the circumstances, and the errors by quantity."""
     settings = table.settings
     clock = "processor seconds" if cpu_time else "wall time"
     lines = [
-        "# Predictions from single LIVs",
+        f"## Width {settings.width}, {settings.dtype}, contexts {', '.join(map(str, settings.contexts))}, "
+        f"{table.device_name} ({settings.device}), {clock}",
         "",
         f"{table.device_name} ({settings.device}, threads {settings.threads}, load {os.getloadavg()[0]:.1f} "
         f"at the end), {clock}, torch {table.versions['torch']}; width {settings.width}, {settings.dtype}; "
@@ -118,8 +149,18 @@ def report(
         lines.append(
             f"| {title(name)} | {value(name, middle)} | {statistics.median(errors):.1%} | {max(errors):.1%} |"
         )
-    command = " ".join(["python -m benchmarks.prediction", *sys.argv[1:]])
+    warning = table.warning()
+    if warning is not None:
+        lines += ["", f"Warning: {warning}."]
+    command = shlex.join(["python", "-m", "benchmarks.prediction", *sys.argv[1:]])
     return "\n".join([*lines, "", f"`{command}`", ""])
+
+
+def with_section(text: str, new: str) -> str:
+    """The file's text with the section in the place of the one of the same heading, or at its end."""
+    _, *known = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    sections = {part.partition("\n")[0]: part.strip() for part in [*known, new]}
+    return "\n\n".join([TITLE, *sections.values()]) + "\n"
 
 
 def _line(predicted: Values, measured: Values) -> str:
