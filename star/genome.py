@@ -21,7 +21,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, NamedTuple, SupportsIndex, TypeVar
 
 from star import pools, sharing
@@ -58,7 +58,7 @@ class Gene(NamedTuple):
     feature_strategy: int = 1
 
     def __str__(self) -> str:
-        return ("" if max(self) < 10 else ".").join(str(value) for value in self)
+        return ("" if max(self) < 10 else ".").join(map(str, self))
 
 
 @dataclass(frozen=True, repr=False)
@@ -272,17 +272,20 @@ def _checked_genes(genes: Iterable[Iterable[SupportsIndex]]) -> tuple[Gene, ...]
     checked = []
     for number, gene in enumerate(genes, start=1):
         values = [operator.index(value) for value in gene]
-        shown = ".".join(str(value) for value in values[:6])
         if len(values) != 5:
-            raise GenomeError(f"gene {number} '{shown}': has {len(values)} values, takes 5")
-        if not all(1 <= value <= MAX_VALUE for value in values):
-            raise GenomeError(f"gene {number} '{shown}': values go from 1 to {MAX_VALUE}")
+            raise GenomeError(f"gene {number} '{_shown(values)}': has {len(values)} values, takes 5")
+        if min(values) < 1 or max(values) > MAX_VALUE:
+            raise GenomeError(f"gene {number} '{_shown(values)}': values go from 1 to {MAX_VALUE}")
         if number > MAX_DEPTH:
             raise GenomeError(f"genome has more than {MAX_DEPTH} genes, takes at most {MAX_DEPTH}")
         checked.append(Gene(*values))
     if not checked:
         raise GenomeError("genome has no gene, takes at least one")
     return tuple(checked)
+
+
+def _shown(values: Iterable[int]) -> str:
+    return ".".join(str(value) for value in islice(values, 6))
 
 
 def _links(genome: Genome) -> list[tuple[object, object, object]]:

@@ -61,7 +61,7 @@ def resolve(genome: Genome) -> tuple[LivPlan, ...]:
     return _resolved(genome, tuple(id(pools.find(gene.liv_class)) for gene in genome.genes))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def _resolved(genome: Genome, entry_ids: tuple[int, ...]) -> tuple[LivPlan, ...]:
     """`resolve`; the plans hold the entries, so that no id means another one while its plans are kept."""
     genes = genome.require_valid().genes
