@@ -13,14 +13,22 @@ import typer
 from star.commands.errors import BadInput, Failed, Stopped, reported
 
 if TYPE_CHECKING:
-    from star.search.events import Listener
+    from rich.console import Console
+
+    from star.report.summary import RunSummary
+    from star.search.events import Event, Listener
     from star.search.settings import SearchSettings
 
 _TEXT = "Text"
 _SEARCH = "Search (as the preset says, where not given)"
-_PROXY = "Training of each candidate (as the preset says)"
+_PROXY = "What is trained, and how (as the preset says)"
 _DEVICE = "The device that the models are for, measured at their target size"
 _DEFAULT_PRESET = "demo"
+# Written out, since --help imports nothing; a test holds them against the registries.
+_OBJECTIVES = (
+    "quality,size by default; also cache, flops, recall, ttft, prefill, decode_p50, decode_p95, peak_memory."
+)
+_ALGORITHMS = "nsga2 (default), ga, regularised, random or parameters."
 _LARGEST_CLASS = 99
 
 
@@ -44,7 +52,8 @@ def search(
         typer.Argument(metavar="RUN", help="A new run directory; runs/<date-time> by default."),
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="demo (minutes), laptop (hours) or paper.", show_default=False)
+        str,
+        typer.Option(help="demo (default, minutes), laptop (under an hour), paper.", show_default=False),
     ] = _DEFAULT_PRESET,
     data: Annotated[
         list[str] | None,
@@ -54,8 +63,8 @@ def search(
         str | None, _preset("Column of a table that holds the text.", _TEXT, rare=True)
     ] = None,
     tokenizer: Annotated[str | None, _preset("A tokenizers JSON file; bytes by default.", _TEXT)] = None,
-    objectives: Annotated[str | None, _preset("Like quality,size,cache,recall,ttft.", _SEARCH)] = None,
-    algorithm: Annotated[str | None, _preset("nsga2, ga, regularised, random, …", _SEARCH)] = None,
+    objectives: Annotated[str | None, _preset(_OBJECTIVES, _SEARCH)] = None,
+    algorithm: Annotated[str | None, _preset(_ALGORITHMS, _SEARCH)] = None,
     depth: Annotated[int | None, _preset("LIVs of a backbone.", _SEARCH)] = None,
     width: Annotated[int | None, _preset("Model width.", _SEARCH)] = None,
     head_dim: Annotated[int | None, _preset("Width of an attention head.", _SEARCH)] = None,
@@ -65,7 +74,7 @@ def search(
     mutation_rate: Annotated[float | None, _preset("Chance that a position changes.", _SEARCH)] = None,
     tournament: Annotated[int | None, _preset("Contenders for each parent.", _SEARCH, rare=True)] = None,
     survival: Annotated[
-        str | None, _preset("crowding, or hv: hypervolume improvement.", _SEARCH, metavar="RULE")
+        str | None, _preset("crowding (default), or hv: hypervolume improvement.", _SEARCH, metavar="RULE")
     ] = None,
     rungs: Annotated[
         str | None, _preset("Like 0.25,0.5, where who is behind is stopped.", _SEARCH, metavar="PARTS")
@@ -77,25 +86,27 @@ def search(
         float | None, _preset("That they are behind; 0.95.", _SEARCH, rare=True)
     ] = None,
     seed: Annotated[int | None, _preset("Of every draw.", _SEARCH)] = None,
-    seed_baselines: Annotated[
-        bool | None,
-        _preset("Begin with the known layouts too.", _SEARCH, "--seed-baselines/--no-seed-baselines"),
-    ] = None,
-    references: Annotated[
-        bool | None, _preset("Train the known layouts to compare.", _SEARCH, "--references/--no-references")
-    ] = None,
     steps: Annotated[int | None, _preset("Optimizer steps.", _PROXY)] = None,
     batch_size: Annotated[int | None, _preset("Sequences a step.", _PROXY)] = None,
     length: Annotated[int | None, _preset("Tokens a sequence.", _PROXY)] = None,
     learning_rate: Annotated[float | None, _preset("Peak learning rate.", _PROXY)] = None,
     device: Annotated[str | None, _preset("auto, cpu, cuda or cuda:N.", _PROXY)] = None,
     dtype: Annotated[str | None, _preset("auto, float32 or bfloat16.", _PROXY)] = None,
+    seed_baselines: Annotated[
+        bool | None,
+        _preset("Begin with the known layouts, too.", _PROXY, "--seed-baselines/--no-seed-baselines"),
+    ] = None,
+    references: Annotated[
+        bool | None,
+        _preset("Train them, to compare with.", _PROXY, "--references/--no-references"),
+    ] = None,
     proxy: Annotated[
         list[str] | None,
         _preset("Any other, like schedule=constant; repeatable.", _PROXY, metavar="NAME=VALUE", rare=True),
     ] = None,
     most: Annotated[
-        list[str] | None, _preset("Budget, like ttft=200ms or cache=40MB; repeatable.", _DEVICE, "--max")
+        list[str] | None,
+        _preset("Budget, like ttft=200ms; of size, cache, flops at --width.", _DEVICE, "--max"),
     ] = None,
     least: Annotated[list[str] | None, _preset("Likewise, prefill=500tokens/s.", _DEVICE, "--min")] = None,
     context: Annotated[
@@ -124,7 +135,7 @@ def search(
         typer.Option("--help-all", is_eager=True, callback=_help_all, help="All options, rare ones too."),
     ] = False,
 ) -> None:
-    """Search for architectures, and write a report of what was found.
+    """Search for architectures and report what was found; Ctrl-C stops, star resume RUN goes on.
 
     [dim]star search --data my-texts/ --objectives quality,cache --preset laptop[/dim]
     """
@@ -211,7 +222,7 @@ def carry_out(work: Callable[[Listener], Any], directory: Path, with_report: boo
     try:
         with progress:
             try:
-                work(progress)
+                work(_with_warnings(progress, console))
             except Exception:
                 # Which kind of error it is depends on how far the work has come.
                 with reported(started=progress.started):
@@ -230,7 +241,49 @@ def carry_out(work: Callable[[Listener], Any], directory: Path, with_report: boo
     else:
         conclude(console, summary, page)
     if summary.candidates and not summary.front:
-        raise Failed(f"no candidate of {directory} succeeded; its failures are in the report")
+        raise Failed(_nothing_found(summary))
+
+
+def _with_warnings(listener: Listener, console: Console) -> Listener:
+    """The listener, and a line at the start of a search for each budget that can not bind."""
+    from star.commands.terminal import say
+    from star.report.device import budget_text
+    from star.report.numbers import count, value
+    from star.search.budgets import loose_budgets
+    from star.search.events import RunStarted
+
+    def listen(event: Event) -> None:
+        listener(event)
+        if not isinstance(event, RunStarted) or event.stored:
+            return
+        for name, most in loose_budgets(event.settings).items():
+            say(
+                console,
+                f"Warning: the budget {budget_text(event.settings, name)} keeps nobody off the front: no "
+                f"backbone of {count(event.settings.depth, 'LIV')} has more than {value(name, most)}",
+                "yellow",
+            )
+
+    return listen
+
+
+def _nothing_found(summary: RunSummary) -> str:
+    """Why a run with candidates has no front: all failed, or none keeps the budget."""
+    from star.report.device import budget_text
+    from star.report.numbers import title, value
+    from star.search.budgets import violation
+
+    budgets, over = summary.settings.budgets, summary.over_budget
+    if not over:
+        return f"no candidate of {summary.directory} succeeded; its failures are in the report"
+    nearest = min(over, key=lambda item: (violation(item.objectives, budgets), item.id))
+    limits = " and ".join(budget_text(summary.settings, name) for name in budgets)
+    has = " and ".join(
+        f"{title(name)} {value(name, nearest.objectives[name])}"
+        for name in budgets
+        if name in nearest.objectives and violation(nearest.objectives, {name: budgets[name]}) > 0
+    )
+    return f"no candidate keeps the budget: {limits}; the nearest, candidate {nearest.id}, has {has}"
 
 
 def _remove_unused(directory: Path) -> None:

@@ -10,7 +10,7 @@ from star.measure.quantities import at, relative_errors, split, value_of
 from star.profile.table import ProfileTable
 from star.report.html import Html, element, join
 from star.report.numbers import axis, change, count, duration, title, value
-from star.search.budgets import excess
+from star.search.budgets import excess, width_of
 from star.search.objectives import find
 from star.search.settings import SearchSettings
 from star.search.store import Evaluation
@@ -122,11 +122,12 @@ def _exceeds(measured: Mapping[str, float], name: str, limit: float) -> bool:
     return number is not None and excess(name, number, limit) > 0
 
 
-def budget_text(name: str, limit: float) -> str:
-    """ "time to first token at most 200 ms"."""
-    objective = find(name)
+def budget_text(settings: SearchSettings, name: str) -> str:
+    """ "time to first token at most 200 ms at width 768"."""
+    objective, width = find(name), width_of(name, settings)
     side = "at least" if objective is not None and objective.maximised else "at most"
-    return f"{title(name)} {side} {value(name, limit)}"
+    where = "" if width is None else f" at width {width}"
+    return f"{title(name)} {side} {value(name, settings.budgets[name])}{where}"
 
 
 # ---- the section of the page -----------------------------------------------------------------------------

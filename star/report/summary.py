@@ -230,7 +230,7 @@ class RunSummary:
         """How many candidates keep the budgets, in words."""
         if not self.settings.budgets:
             return []
-        limits = " and ".join(budget_text(*budget) for budget in self.settings.budgets.items())
+        limits = " and ".join(budget_text(self.settings, name) for name in self.settings.budgets)
         total = sum(not item.failed for item in self.candidates)
         kept = total - len(self.over_budget)
         return [(f"{kept} of {count(total, 'candidate')} keep the budget ({limits}).", kept > 0)]

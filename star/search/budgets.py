@@ -2,7 +2,8 @@
 objectives: within them nothing is gained by using less, and whoever exceeds one is kept off the front.
 
 A budget limits a quantity from its worse side: of a quantity of which less is better it is the most, of one
-of which more is better (`prefill`) the least.
+of which more is better (`prefill`) the least. What follows from the genome (size, cache, FLOPs) is
+counted at the width that is trained; what the device takes is known at the target's width.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from star.search.objectives import Objective, find, known_names
 
 if TYPE_CHECKING:
+    from star.search.settings import SearchSettings
     from star.search.store import Evaluation
 
 __all__ = [
@@ -24,10 +26,12 @@ __all__ = [
     "excess",
     "is_over_budget",
     "judged",
+    "loose_budgets",
     "over_budget",
     "parse_budgets",
     "require_budgets",
     "violation",
+    "width_of",
 ]
 
 FAILED = 1e6
@@ -38,6 +42,7 @@ STOPPED = 1e-9
 before those over a budget."""
 
 _OVER = "over budget: "
+_COUNTED = ("size", "cache", "flops")
 _AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+)\s*([^\s0-9]*)\s*")
 _COUNTS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _UNITS: dict[str, dict[str, float]] = {
@@ -97,6 +102,40 @@ def require_budgets(budgets: Any) -> dict[str, float]:
     return {name: float(limit) for name, limit in budgets.items()}
 
 
+def width_of(name: str, settings: SearchSettings) -> int | None:
+    """Width of the model that a budget means: the target's for what the device takes, else the width that is
+    trained. None for what a training measures."""
+    objective = find(name)
+    if objective is None or objective.trained:
+        return None
+    if not objective.device:
+        return settings.model.width
+    return (settings.measure if settings.profile is None else settings.profile.settings).width
+
+
+def loose_budgets(settings: SearchSettings) -> dict[str, float]:
+    """Budgets that no genome of the search can exceed, with a bound of what one can have.
+
+    Only of size, cache and FLOPs, which are sums over LIVs and shrink where LIVs share: none has more than
+    `depth` times the class that has most.
+    """
+    counted = [
+        item for item in settings.measured() if item.name in settings.budgets and item.name in _COUNTED
+    ]
+    if not counted:
+        return {}
+    # Only here: the costs need torch.
+    from star.genome import Gene, Genome
+    from star.proxy import Outcome
+    from star.search.layouts import seeds
+    from star.search.measures import Candidate
+
+    classes = {*settings.pool.classes, *(gene.liv_class for layout in seeds(settings) for gene in layout)}
+    alone = [Candidate(Genome((Gene(number),)), settings, Outcome("ok")) for number in sorted(classes)]
+    largest = {item.name: settings.depth * max(map(item.load(), alone)) for item in counted}
+    return {name: most for name, most in largest.items() if most <= settings.budgets[name]}
+
+
 def excess(name: str, value: float, limit: float) -> float:
     """How far a value is beyond its limit, relative to the limit; 0 or less within it."""
     objective = find(name)
@@ -148,8 +187,10 @@ def _amount(option: str, text: str, objective: Objective, amount: str) -> float:
         raise ValueError(f"{option} {text}: {amount!r} is no amount, takes a number with {takes}")
     number, unit = float(found[1]), found[2]
     if unit not in units:
-        said = f"unit {unit!r} does not fit {objective.name}" if unit else f"{objective.name} has no unit"
+        said = f"unit {unit!r} does not fit {objective.name}" if unit else f"the value {found[1]} has no unit"
         raise ValueError(f"{option} {text}: {said}, takes {takes}")
-    if not 0 < number * units[unit] < math.inf:
+    if math.isinf(number * units[unit]):
+        raise ValueError(f"{option} {text}: {amount} is not finite, takes a number that is")
+    if not number * units[unit] > 0:
         raise ValueError(f"{option} {text}: a limit must be more than 0")
     return number * units[unit]

@@ -322,10 +322,11 @@ def _require_number(name: str, value: object, *, above: float | None, at_most: f
         raise ValueError(f"{name} is {value!r}, takes {takes}")
 
 
-# Sizes by purpose: minutes on two cores; an evening on a laptop; the paper's own, which needs accelerators.
+# Sizes by purpose: minutes on two cores; half an hour on two; the paper's own, which needs accelerators.
 # The small ones are our own: for the same time, many small steps at a learning rate of about 0.5 / width
-# brought candidates further, and further apart, than a few large ones. Schedule and steps of the small ones are
-# those of benchmarks/results/fidelity.md that order genomes as the best choice there does, for the least time.
+# brought candidates further, and further apart, than a few large ones. Schedule and steps of the small ones
+# are those of benchmarks/results/fidelity.md that order genomes as the best choice there does, for the least
+# time.
 PRESETS: dict[str, SearchSettings] = {
     "demo": SearchSettings(
         population=8,

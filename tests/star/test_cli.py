@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorded_runs import evaluation, failed, finished_run, genomes, record
+from recorded_runs import evaluation, failed, finished_run, genomes, record, small_settings
 from typer.testing import CliRunner
 
 from star.commands import app
 from star.commands.errors import Failed, one_line
 from star.commands.search import carry_out
+from star.search.algorithms import ALGORITHMS
+from star.search.events import RunStarted
+from star.search.objectives import OBJECTIVES
+from star.search.settings import preset
 
 COMMANDS = (
     *("search", "resume", "report", "show", "train", "table", "compare", "fidelity"),
@@ -88,6 +92,23 @@ class TestHelp:
             assert rare not in short
             assert rare in whole
         assert "--help-all" in short
+
+    def test_search_names_all_that_it_takes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In the 80 columns that a terminal has, with what is taken where nothing is said."""
+        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setenv("TERMINAL_WIDTH", "80")
+        shown = ANSI.sub("", run("search", "--help").stdout)
+        words = " ".join(shown.replace("│", " ").split())
+        assert "…" not in shown
+        listed = words.partition("--objectives")[2].partition("--algorithm")[0]
+        assert set(re.findall(r"[a-z0-9_]+", listed)) >= set(OBJECTIVES)
+        assert f"{','.join(preset('demo').objectives)} by default" in listed
+        listed = words.partition("--algorithm")[2].partition("--depth")[0]
+        assert set(re.findall(r"[a-z0-9]+", listed)) >= set(ALGORITHMS)
+        for default in ("demo (default", "nsga2 (default", "crowding (default"):
+            assert default in words
+        assert (preset("demo").algorithm, preset("demo").survival) == ("nsga2", "crowding")
+        assert "Ctrl-C stops, star resume RUN goes on" in words
 
     def test_names_all_commands(self) -> None:
         result = run("--help")
@@ -341,6 +362,52 @@ class TestSearch:
         with pytest.raises(Failed, match="no candidate"):
             carry_out(lambda listener: None, directory, with_report=True, as_json=False)
         assert (directory / "report" / "index.html").is_file()
+
+    @pytest.mark.parametrize(
+        ("budgets", "says"),
+        [
+            (
+                {"cache": 1e3},
+                "cache at most 1.00 kB at width 16; the nearest, candidate 2, has cache 2.00 kB",
+            ),
+            (
+                {"size": 90.0, "cache": 3e3},
+                "cache at most 3.00 kB at width 16 and parameters at most 90 at width 16; the nearest, "
+                "candidate 2, has parameters 99",
+            ),
+        ],
+    )
+    def test_a_search_without_a_candidate_within_the_budget(
+        self, tmp_path: Path, budgets: dict[str, float], says: str
+    ) -> None:
+        made, caches = genomes(4), (9e3, 2e3, 5e3)
+        rows = [failed(0, made[0], 0)]
+        rows += [
+            evaluation(id, made[id], 0, objectives={"quality": 3.0, "size": 97.0 + id, "cache": amount})
+            for id, amount in enumerate(caches, start=1)
+        ]
+        directory = record(tmp_path / "run", rows, settings=small_settings(budgets=budgets))
+        with pytest.raises(Failed, match=f"^no candidate keeps the budget: {says}$"):
+            carry_out(lambda listener: None, directory, with_report=False, as_json=False)
+
+    def test_says_once_that_a_budget_can_not_bind(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        directory = finished_run(tmp_path / "run")
+        settings = small_settings(budgets={"cache": 1e9, "size": 1e4})
+
+        def begin(stored: int) -> str:
+            carry_out(
+                lambda listener: listener(RunStarted(directory, settings, stored, 12)),
+                directory,
+                False,
+                False,
+            )
+            return capsys.readouterr().out
+
+        said = "Warning: the budget cache at most 1.00 GB at width 16 keeps nobody off the front: no backbone"
+        assert begin(0).count("Warning: ") == begin(0).count(said) == 1
+        assert "Warning: " not in begin(3)
 
     def test_ctrl_c_says_how_to_go_on(self, text: Path, tmp_path: Path) -> None:
         directory = tmp_path / "run"

@@ -272,7 +272,7 @@ class TestBudgets:
     def test_the_report_says_so(self, kept: Path) -> None:
         summary = read_run(kept)
         told = " ".join(summary.verdicts())
-        assert "keep the budget (time to first token at most 250 ms)" in told
+        assert "keep the budget (time to first token at most 250 ms at width 64)" in told
         broken = [item.id for item in summary.front if 1.25 * item.objectives["ttft"] > self.LIMIT]
         assert summary.device is not None
         assert summary.device.broken == tuple(sorted(broken))

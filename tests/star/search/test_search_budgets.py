@@ -5,11 +5,26 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from star.search.budgets import FAILED, is_over_budget, judged, parse_budgets, require_budgets, violation
+from star.genome import Genome
+from star.measure.settings import MeasureSettings
+from star.pools import Pool
+from star.proxy import Outcome
+from star.search.budgets import (
+    FAILED,
+    is_over_budget,
+    judged,
+    loose_budgets,
+    parse_budgets,
+    require_budgets,
+    violation,
+    width_of,
+)
 from star.search.front import front
-from star.search.settings import SearchSettings
+from star.search.measures import Candidate, cache, flops, size
+from star.search.settings import SearchSettings, preset
 from star.search.store import Evaluation
 
 
@@ -47,8 +62,10 @@ class TestWriting:
         [
             (["ttft=40MB"], [], "--max ttft=40MB: unit 'MB' does not fit ttft, takes us, µs, ms, s"),
             (["cache=200ms"], [], "unit 'ms' does not fit cache, takes B, kB"),
-            (["ttft=200"], [], "--max ttft=200: ttft has no unit, takes us"),
-            (["cache=40"], [], "cache has no unit"),
+            (["ttft=200"], [], "--max ttft=200: the value 200 has no unit, takes us"),
+            (["cache=40"], [], "--max cache=40: the value 40 has no unit, takes B, kB, MB"),
+            (["quality=1e400"], [], "--max quality=1e400: 1e400 is not finite"),
+            (["cache=1e300TB"], [], "--max cache=1e300TB: 1e300TB is not finite"),
             (["size=3kB"], [], "unit 'kB' does not fit size, takes a plain number or k, M, G, T"),
             (["cache=forty MB"], [], "'forty MB' is no amount"),
             (["cache=-1MB"], [], "'-1MB' is no amount"),
@@ -76,6 +93,46 @@ class TestWriting:
         settings = SearchSettings(budgets={"cache": 40e6, "ttft@4096": 200.0}, survival="hv")
         assert SearchSettings.from_json(settings.to_json()) == settings
         assert settings.of_device() == ["ttft@4096"]
+
+
+class TestLoose:
+    """Budgets that no genome of a search can exceed."""
+
+    def settings(self, **changes: Any) -> SearchSettings:
+        return preset("demo", depth=3, **{"pool": Pool(classes=(1, 3, 9)), **changes})
+
+    def test_the_bound_is_that_of_the_largest_class(self) -> None:
+        # SA-1 keeps keys and values of 64 channels, 4096 tokens, bfloat16; SA-3 a quarter, GMemless none.
+        most = 3 * 2 * 64 * 4096 * 2
+        assert loose_budgets(self.settings(budgets={"cache": most})) == {"cache": most}
+        assert loose_budgets(self.settings(budgets={"cache": most - 1.0})) == {}
+        swiglu = 3 * 3 * 64 * self.settings().model.swiglu_width
+        assert loose_budgets(self.settings(budgets={"size": 1e9, "flops": 1.0})) == {"size": swiglu}
+
+    def test_no_genome_exceeds_it(self) -> None:
+        wide = preset("demo", budgets={"size": 1e12, "cache": 1e12, "flops": 1e15})
+        bounds = loose_budgets(wide)
+        assert set(bounds) == {"size", "cache", "flops"}
+        rng = np.random.default_rng(0)
+        for _ in range(40):
+            candidate = Candidate(Genome.random(wide.depth, rng), wide, Outcome("ok"))
+            assert size(candidate) <= bounds["size"]
+            assert cache(candidate) <= bounds["cache"]
+            assert flops(candidate) <= bounds["flops"]
+
+    def test_layouts_that_the_search_begins_with_count(self) -> None:
+        own = self.settings(pool=Pool(classes=(9,)), budgets={"cache": 1e12})
+        assert loose_budgets(own) == {"cache": 0.0}
+        assert loose_budgets(replace(own, seed_baselines=True))["cache"] > 0.0
+
+    def test_what_a_training_or_a_device_decides_is_not_known(self) -> None:
+        assert loose_budgets(self.settings(budgets={"quality": 1e9, "ttft": 1e9})) == {}
+        assert loose_budgets(self.settings()) == {}
+
+    def test_every_budget_has_the_width_of_its_model(self) -> None:
+        known = self.settings(measure=MeasureSettings(width=512))
+        widths = {name: width_of(name, known) for name in ("cache", "size", "ttft@4096", "quality", "recall")}
+        assert widths == {"cache": 64, "size": 64, "ttft@4096": 512, "quality": None, "recall": None}
 
 
 class TestJudging:
