@@ -112,9 +112,7 @@ def make_certificate(
     """
     settings = settings or FidelitySettings()
     run = RunDirectory(directory)
-    if not run.path.is_dir():
-        missing_or_file = "is not a directory" if run.path.exists() else "does not exist"
-        raise RunError(f"run directory {run} {missing_or_file}")
+    run.require()
     with run.locked():
         run.check()
         with RunStore.open(run.database) as store:

@@ -91,6 +91,13 @@ class RunDirectory:
                 f"run directory {self} can not be made: {error.strerror or error} ({error.filename})"
             ) from error
 
+    def require(self) -> None:
+        """Refuse what is no directory, or is not there. Raises RunError."""
+        if not self.path.is_dir():
+            raise RunError(
+                f"run directory {self} {'is not a directory' if self.path.exists() else 'does not exist'}"
+            )
+
     def check(self) -> None:
         """Refuse a run directory with symbolic links or with folders where files belong, or the reverse.
 
@@ -98,8 +105,7 @@ class RunDirectory:
             RunError: there is no such directory.
             RunDamaged: an entry is of the wrong kind.
         """
-        if not self.path.is_dir():
-            raise RunError(f"run directory {self} does not exist")
+        self.require()
         files = [self.database, self.config, self.lock]
         files += [self.database.with_name(self.database.name + suffix) for suffix in ("-wal", "-shm")]
         for entry in (*files, self.weights, self.report, self.export):

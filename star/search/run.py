@@ -112,8 +112,7 @@ def resume(
         RunInUse, DiskFull, SearchInterrupted, ValueError: as for `search`.
     """
     run = RunDirectory(directory)
-    if not run.path.is_dir():
-        raise RunError(f"run directory {run} does not exist")
+    run.require()
     with run.locked():
         run.check()
         with RunStore.open(run.database, write=True) as store:

@@ -202,6 +202,11 @@ class TestWrongInput:
     def test_a_run_that_is_there_already(self, tmp_path: Path) -> None:
         assert "already holds a search" in refused("search", finished_run(tmp_path / "run"), *TINY)
 
+    @pytest.mark.parametrize("name", ["resume", "report", "fidelity"])
+    def test_a_run_that_is_a_file(self, name: str, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        assert refused(name, tmp_path / "file").endswith("file is not a directory")
+
     def test_a_run_that_is_damaged(self, tmp_path: Path) -> None:
         directory = finished_run(tmp_path / "run")
         (directory / "run.db").write_bytes(b"not a database" * 100)
