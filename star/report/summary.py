@@ -67,7 +67,7 @@ class Comparison:
         if not self.reference.ok:
             return f"{name} failed under the proxy, so there is nothing to compare with."
         if self.quality is None or champion is None:
-            return f"{name} was trained, but no candidate has succeeded yet."
+            return f"{name} was trained, but there is no candidate yet that it can be compared with."
         ours, theirs = champion.objectives["quality"], self.reference.objectives["quality"]
         numbers = f"{value('quality', ours)} against {value('quality', theirs)} bits per byte"
         share = f"{self.better} of {count(self.successes, 'candidate')} better"
