@@ -27,7 +27,9 @@ def compare(
     generations: Annotated[int, typer.Option(min=1, help="Generations.")] = 18,
     seeds: Annotated[int, typer.Option(min=1, help="Searches of each algorithm.")] = 10,
     processes: Annotated[int | None, typer.Option(min=1, help="One a core by default.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the result as Markdown too.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the result as Markdown too.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Compare search algorithms without training: a table of genomes, and a surrogate for all others.
@@ -35,12 +37,15 @@ def compare(
     Hypervolumes are in the table's units, with bootstrap intervals over the seeds.
 
     [dim]star compare benchmarks/data/genomes.parquet --objectives quality,cache[/dim]
+    [dim]star compare benchmarks/data/genomes.parquet --out benchmarks/results/compare.md[/dim]
     """
     from star.commands.terminal import emit, say, screen
 
     console = screen(as_json)
     with reported():
         _require_scikit_learn()
+        if out is not None:
+            _require_writable(out)
         from star.comparison import replay
         from star.comparison.table import read
 
@@ -58,7 +63,7 @@ def compare(
                 processes=processes,
             )
         if out is not None:
-            out.write_text(markdown(result, table), encoding="utf-8")
+            out.write_text(markdown(result, table, chosen), encoding="utf-8")
     if as_json:
         emit({"table": str(table), **result.to_json()})
         return
@@ -76,18 +81,34 @@ def _require_scikit_learn() -> None:
         raise BadInput("compare needs scikit-learn: pip install 'star-kernels[compare]'")
 
 
+def _require_writable(out: Path) -> None:
+    """What keeps the result from being written should not be found out after the work."""
+    if not out.parent.is_dir():
+        raise BadInput(f"--out is {out}, and the folder {out.parent} does not exist")
+    if out.is_dir():
+        raise BadInput(f"--out is {out}, a folder; takes the name of a file")
+
+
 def landscape_lines(result: Comparison) -> list[str]:
     """What the algorithms were compared on, and how far to believe it."""
+    from star.report.numbers import count, duration
+
     landscape = result.landscape
-    left = f" ({landscape.left_out} rows of other conditions left out)" if landscape.left_out else ""
+    left = f" ({count(landscape.left_out, 'row')} of other conditions left out)" if landscape.left_out else ""
     lines = [
         f"{len(landscape.known)} trained genomes of {landscape.depth} LIVs{left}; {result.population} x "
-        f"{result.generations} candidates a search, {result.seeds} seeds, {result.seconds:.0f} s"
+        f"{result.generations} candidates a search, {count(len(result.results), 'algorithm')} x "
+        f"{count(result.seeds, 'seed')}, {duration(result.seconds)}"
     ]
     for name, value in landscape.fidelity.items():
         lines.append(
             f"Surrogate of {name}: Kendall's tau {value.tau:.2f}, Spearman's rho {value.rho:.2f} in "
             f"cross-validation (parameter count alone: tau {landscape.parameter_count[name].tau:.2f})"
+        )
+    for name, seeds in landscape.seeds.items():
+        lines.append(
+            f"Two trainings of one genome that differ in their seed: tau {seeds.tau:.2f} for {name} over "
+            f"{count(seeds.genomes, 'genome')}"
         )
     return lines
 
@@ -122,15 +143,21 @@ def _table(result: Comparison) -> Table:
     return table
 
 
-def markdown(result: Comparison, table: Path) -> str:
-    """The result as a page."""
-    objectives = ",".join(result.landscape.objectives)
+def markdown(result: Comparison, table: Path, algorithms: list[str] | None = None) -> str:
+    """The result as a page, under the command that makes it again.
+
+    Args:
+        algorithms: that were asked for; None for all.
+    """
+    landscape = result.landscape
+    chosen = "" if algorithms is None else f"--algorithms {','.join(algorithms)} "
     lines = [
-        f"# Search algorithms on {', '.join(result.landscape.objectives)}",
+        f"# Search algorithms on {', '.join(landscape.objectives)}",
         "",
-        f"`star compare {table} --objectives {objectives} --population {result.population} "
-        f"--generations {result.generations} --seeds {result.seeds}`",
+        f"`star compare {table} --objectives {','.join(landscape.objectives)} {chosen}"
+        f"--population {result.population} --generations {result.generations} --seeds {result.seeds}`",
         "",
+        f"- {table}: {landscape.rows} rows",
         *(f"- {line}" for line in landscape_lines(result)),
         "",
         f"| {' | '.join(_HEADS)} |",

@@ -46,7 +46,7 @@ def fidelity(
         settings = FidelitySettings(sample, budget, seeds)
         from star.fidelity.run import make_certificate
     try:
-        with _progress(console) as progress:
+        with retraining_progress(console) as progress:
             try:
                 certificate = make_certificate(run, settings, workers=workers, on_event=progress)
             except Exception:
@@ -74,14 +74,15 @@ def fidelity(
 class _Progress:
     """Shows the trainings: a bar in a terminal, a line each elsewhere.
 
+    `training`, `of`: what they are and whose, for people.
     `started`: the run has been read, so what goes wrong from here on is no wrong input.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, training: str, of: str) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.started = False
-        self._console = console
+        self._console, self._training, self._of = console, training, of
         self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -91,7 +92,7 @@ class _Progress:
             console=console,
             transient=True,
         )
-        self._bar = self.bars.add_task("longer trainings", total=None, last="")
+        self._bar = self.bars.add_task(f"{training}s", total=None, last="")
 
     def __call__(self, event: Event) -> None:
         from star.commands.terminal import say
@@ -100,24 +101,27 @@ class _Progress:
 
         if isinstance(event, WorkerLost):
             then = "it is tried again" if event.retried else "given up"
-            lost = f"A worker was lost with candidate {event.candidate_id} ({event.reason})"
+            lost = f"A worker was lost with {self._of} {event.candidate_id} ({event.reason})"
             say(self._console, f"{lost}: {then}")
         elif not isinstance(event, RetrainingFinished):
             self.started = True
             self.bars.update(self._bar, total=event.planned, completed=event.stored)
-            say(self._console, _plan(event))
+            say(self._console, _plan(event, self._training, self._of))
         else:
             done = event.done
             result = f"failed: {done.reason}" if done.quality is None else f"{done.quality:.4f} bits per byte"
-            last = f"candidate {event.candidate_id}, seed {event.seed}: {result}"
+            last = f"{self._of} {event.candidate_id}, seed {event.seed}: {result}"
             self.bars.update(self._bar, completed=event.finished, last=last)
             if not self._console.is_terminal or not done.ok:
                 say(self._console, f"{event.finished}/{event.planned}  {last}")
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[_Progress]:
-    progress = _Progress(console)
+def retraining_progress(
+    console: Console, training: str = "longer training", of: str = "candidate"
+) -> Iterator[_Progress]:
+    """A listener of retrainings, for as long as the block lasts; star table --again has them too."""
+    progress = _Progress(console, training, of)
     if not console.is_terminal:
         yield progress
         return
@@ -125,15 +129,15 @@ def _progress(console: Console) -> Iterator[_Progress]:
         yield progress
 
 
-def _plan(event: RetrainingStarted) -> str:
+def _plan(event: RetrainingStarted, training: str, of: str) -> str:
     """How much there is to do, and for about how long."""
     from star.report.numbers import count, duration
 
     stored = f", {event.stored} of them are there already" if event.stored else ""
     left = event.planned - event.stored
     time = f"; about {duration(event.seconds / event.workers)} on {count(event.workers, 'worker')}"
-    trainings = count(event.planned, "longer training")
-    return f"{trainings} of {count(event.candidates, 'candidate')}{stored}{time if left else ''}"
+    trainings = count(event.planned, training)
+    return f"{trainings} of {count(event.candidates, of)}{stored}{time if left else ''}"
 
 
 def _conclude(console: Console, certificate: Certificate, page: Path | None) -> None:

@@ -13,17 +13,19 @@ from star.commands.errors import BadInput, Failed, Stopped, reported
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from star.comparison.seeds import SeedAgreement
     from star.comparison.table import Row
     from star.profile.table import ProfileTable
     from star.search.settings import SearchSettings
 
 _GENERATIONS = 4
+_FURTHER_SEEDS = 2
 _OBJECTIVES = ("quality", "size", "cache", "recall")
 
 
 def table(
     runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs whose candidates are added.")
+        list[Path] | None, typer.Argument(metavar="RUN", help="Runs whose candidates are added.")
     ] = None,
     extend: Annotated[
         Path | None, typer.Option("--extend", metavar="FILE", help="The table, .parquet or .csv; may be new.")
@@ -33,6 +35,13 @@ def table(
         typer.Option(
             "--random", metavar="N", min=8, help="Train N genomes first: a quarter random, the rest evolved."
         ),
+    ] = None,
+    again: Annotated[
+        int | None,
+        typer.Option("--again", metavar="N", min=2, help="Train N genomes of the table with further seeds."),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", metavar="K", min=1, max=100, help="Of --again; 2 by default.")
     ] = None,
     run: Annotated[
         Path | None, typer.Option("--run", help="Where --random trains; runs/table-FILE-SEED by default.")
@@ -44,15 +53,21 @@ def table(
         Path | None, typer.Option("--profile", help="Of --predict: this table, of star profile --out.")
     ] = None,
     preset: Annotated[str, typer.Option(help="Of --random: demo, laptop or paper.")] = "demo",
-    seed: Annotated[int, typer.Option(min=0, help="Of --random.")] = 0,
-    workers: Annotated[int | None, typer.Option(help="Processes of --random; one a core.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws of genomes, by --random.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes of --random and --again; one a core.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what the table holds as JSON.")] = False,
 ) -> None:
     """Make or extend a table of evaluated genomes, from runs or by training new ones.
 
-    The same command goes on with --random where Ctrl-C or a kill stopped it.
+    A training of the preset demo takes about 16 s of one core, recall among it.
+    The same command goes on with --random and --again where Ctrl-C or a kill stopped it.
+
+    --again takes genomes of all ranks of quality, and says how far seeds agree.
 
     [dim]star table --extend genomes.parquet runs/first runs/second[/dim]
+    [dim]star table --extend genomes.parquet --again 24 --seeds 2[/dim]
     [dim]star table --extend genomes.parquet --predict[/dim]
     """
     from star.commands.terminal import say, screen
@@ -61,6 +76,7 @@ def table(
     with reported():
         if extend is None:
             raise BadInput("table takes --extend FILE, a name that ends in .parquet or .csv")
+        _require_alone(again, seeds, random)
         from star.comparison import table as tables
 
         sources = list(runs or ())
@@ -85,12 +101,24 @@ def table(
             added += tables.rows_of_run(directory)
     with reported(started=random is not None):
         rows, new = tables.extend(extend, added) if added else (there, 0)
+    if again is not None:
+        before = len(rows)
+        rows = _train_again(extend, rows, sources, again, seeds or _FURTHER_SEEDS, workers, console)
+        new += len(rows) - before
+    with reported(started=again is not None or random is not None):
         if device is not None:
             from star.comparison.latencies import with_latencies
 
             rows = with_latencies(rows, device)
             tables.write(extend, rows)
-        _conclude(console, extend, rows, new, device, as_json)
+        _conclude(console, extend, rows, new, device, again is not None, as_json)
+
+
+def _require_alone(again: int | None, seeds: int | None, random: int | None) -> None:
+    if again is None and seeds is not None:
+        raise BadInput("--seeds is for --again: the further seeds of each genome")
+    if again is not None and random is not None:
+        raise BadInput("--again takes genomes that the table holds: give --random in a command before it")
 
 
 def _device(profile: Path | None, console: Console) -> ProfileTable:
@@ -161,6 +189,32 @@ def _train(settings: SearchSettings, directory: Path, console: Console) -> None:
         raise Stopped("table stopped; the same command goes on with it") from None
 
 
+def _train_again(
+    path: Path,
+    rows: list[Row],
+    runs: list[Path],
+    count: int,
+    seeds: int,
+    workers: int | None,
+    console: Console,
+) -> list[Row]:
+    """The table's rows with those of further seeds."""
+    from star.commands.fidelity import retraining_progress
+    from star.comparison.again import plan, text_of_runs, train_again
+
+    with reported():
+        wanted = plan(rows, count, seeds, data=text_of_runs(runs, rows), workers=workers)
+    try:
+        with retraining_progress(console, "further training", "genome") as progress:
+            try:
+                return train_again(path, wanted, rows, on_event=progress)
+            except Exception:
+                with reported(started=progress.started):
+                    raise
+    except KeyboardInterrupt:
+        raise Stopped("table stopped; the same command goes on with it") from None
+
+
 def _require_same(directory: Path, settings: SearchSettings) -> None:
     """Refuse to go on with a run of another --random, --seed or --preset."""
     from star.search import RunStore
@@ -173,7 +227,13 @@ def _require_same(directory: Path, settings: SearchSettings) -> None:
 
 
 def _conclude(
-    console: Console, path: Path, rows: list[Row], new: int, device: ProfileTable | None, as_json: bool
+    console: Console,
+    path: Path,
+    rows: list[Row],
+    new: int,
+    device: ProfileTable | None,
+    with_seeds: bool,
+    as_json: bool,
 ) -> None:
     from star.commands.terminal import emit, say
     from star.comparison.table import device_label, main_conditions
@@ -181,6 +241,7 @@ def _conclude(
 
     objectives = sorted({name for row in rows for name in row.objectives})
     conditions = sorted({row.conditions for row in rows})
+    agreements = _agreements(rows) if with_seeds else {}
     if as_json:
         emit(
             {
@@ -193,6 +254,7 @@ def _conclude(
                 "objectives": objectives,
                 "conditions": conditions,
                 "main_conditions": main_conditions(rows) if rows else None,
+                "seed_agreement": {name: value.to_json() for name, value in agreements.items()},
                 "seconds": sum(row.seconds for row in rows),
             }
         )
@@ -202,7 +264,33 @@ def _conclude(
     genomes = count(len({row.genome for row in rows}), "genome")
     sets = count(len(conditions), "set")
     say(console, f"{genomes} ({failed} failed) with {', '.join(objectives)}; {sets} of conditions")
+    for name, value in agreements.items():
+        say(console, _sentence(name, value))
     if device is not None:
         say(console, f"Latencies and memory predicted for {device.device_name}")
     if rows:
         say(console, f"Compare search algorithms on it:  star compare {path}")
+
+
+def _agreements(rows: list[Row]) -> dict[str, SeedAgreement]:
+    """Of each trained objective that genomes have with two seeds."""
+    from star.comparison.seeds import agreement
+    from star.comparison.table import main_conditions
+    from star.search.objectives import OBJECTIVES
+
+    main = main_conditions(rows)
+    same = [row for row in rows if row.conditions == main]
+    found = {name: agreement(same, name, rounds=2000) for name, item in OBJECTIVES.items() if item.trained}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _sentence(name: str, value: SeedAgreement) -> str:
+    from star.report.numbers import count
+    from star.search.objectives import OBJECTIVES
+
+    low, high = value.interval or (float("nan"), float("nan"))
+    return (
+        f"{name}: Kendall's tau {value.tau:.2f} [{low:.2f}, {high:.2f}] between two seeds, seed noise "
+        f"{value.deviation:.4f} {OBJECTIVES[name].unit} "
+        f"({count(value.genomes, 'genome')} of {value.seeds} seeds)"
+    )

@@ -1,6 +1,7 @@
 """Search algorithms under one budget, over a table of trained genomes and a surrogate fitted on it.
 
-A genome that the table holds has its recorded values (means over seeds); another has its true analytic costs,
+A genome that the table holds has its recorded values (means over seeds, where it was trained with several);
+another has its true analytic costs,
 and what the surrogate says of the objectives that take training. So hundreds of searches cost seconds.
 Whether their order would be that of real searches depends on how well the surrogate ranks, which is reported
 with them; and what the trees can not see, chance of training above all, is missing from the landscape.
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from star.comparison.seeds import SeedAgreement, agreement
 from star.comparison.surrogate import Fidelity, Surrogate, cross_validate, feature_matrix, fidelity
 from star.comparison.table import Row, main_conditions
 from star.config import ModelConfig
@@ -55,9 +57,11 @@ class Landscape:
     """
 
     def __init__(self, rows: Sequence[Row], objectives: Sequence[str]) -> None:
+        began = time.perf_counter()
         self.objectives = require_objectives(objectives)
         if not rows:
             raise ValueError("the table is empty: add runs to it with: star table --extend FILE RUN")
+        self.rows = len(rows)
         self.conditions = main_conditions(rows)
         self.left_out = sum(row.conditions != self.conditions for row in rows)
         rows = [row for row in rows if row.conditions == self.conditions]
@@ -74,7 +78,11 @@ class Landscape:
             )
         self.depth = depths[0]
         self.points = np.array([objective_vector(values, self.objectives) for values in self.known.values()])
+        trained = (name for name in self.objectives if _objective(name).trained)
+        found = {name: agreement(rows, name) for name in trained}
+        self.seeds: dict[str, SeedAgreement] = {name: item for name, item in found.items() if item}
         self._fit(genomes)
+        self.seconds = time.perf_counter() - began
 
     def _require_values(self, rows: Sequence[Row]) -> None:
         for name in self.objectives:
@@ -146,13 +154,14 @@ def _of_one_device(rows: Sequence[Row], objectives: Sequence[str]) -> Sequence[R
 
 
 def _means(rows: Sequence[Row], objectives: Sequence[str]) -> dict[str, Mapping[str, float]]:
-    """The mean over seeds of every genome that has all objectives."""
-    found: dict[str, list[Mapping[str, float]]] = {}
+    """The mean over seeds of every genome that has all objectives; a training counts once, whatever devices
+    were predicted for."""
+    found: dict[str, dict[int, Mapping[str, float]]] = {}
     for row in rows:
         if row.ok and all(name in row.objectives for name in objectives):
-            found.setdefault(row.genome, []).append(row.objectives)
+            found.setdefault(row.genome, {}).setdefault(row.seed, row.objectives)
     return {
-        key: {name: float(np.mean([values[name] for values in several])) for name in objectives}
+        key: {name: float(np.mean([values[name] for values in several.values()])) for name in objectives}
         for key, several in found.items()
     }
 
@@ -227,7 +236,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All algorithms on one landscape, the best first."""
+    """All algorithms on one landscape, the best first; `seconds` are those of the surrogates too."""
 
     landscape: Landscape
     population: int
@@ -243,6 +252,7 @@ class Comparison:
             "objectives": list(landscape.objectives),
             "conditions": landscape.conditions,
             "genomes": len(landscape.known),
+            "rows": landscape.rows,
             "rows_of_other_conditions": landscape.left_out,
             "population": self.population,
             "generations": self.generations,
@@ -255,6 +265,7 @@ class Comparison:
                 }
                 for name, value in landscape.fidelity.items()
             },
+            "seed_agreement": {name: value.to_json() for name, value in landscape.seeds.items()},
             "algorithms": {
                 result.algorithm: {
                     "hypervolume": vars(result.final),
@@ -312,7 +323,7 @@ def compare(
             found = {key: volumes for future in waiting for key, volumes in future.result().items()}
     results = [_result(name, found, seeds) for name in names]
     results.sort(key=lambda result: -result.final.mean)
-    seconds = time.perf_counter() - began
+    seconds = landscape.seconds + time.perf_counter() - began
     return Comparison(landscape, population, generations, seeds, tuple(results), seconds)
 
 

@@ -10,7 +10,7 @@ from star.search.front import candidates, front
 from star.search.settings import SearchSettings
 from star.search.store import Evaluation
 
-__all__ = ["FRONT_SHARE", "Member", "stratified_sample"]
+__all__ = ["FRONT_SHARE", "Member", "spread", "stratified_sample"]
 
 FRONT_SHARE = 2 / 3
 """No more of a sample than this comes from the front, or nothing would be known about the rest."""
@@ -48,7 +48,7 @@ def stratified_sample(
     room = max(round(count * FRONT_SHARE), count - len(others))
     places = _evenly(len(best), min(room, len(best)))
     chosen = [Member(best[place], on_front=True) for place in places]
-    rest = _spread(len(others))[: count - len(chosen)]
+    rest = spread(len(others))[: count - len(chosen)]
     chosen += [Member(others[place], on_front=False) for place in rest]
     return sorted(chosen, key=lambda member: member.evaluation.id)
 
@@ -60,7 +60,7 @@ def _evenly(length: int, count: int) -> list[int]:
     return [round(place * (length - 1) / (count - 1)) for place in range(count)]
 
 
-def _spread(length: int) -> list[int]:
+def spread(length: int) -> list[int]:
     """All places from 0 to length - 1, every beginning spread over all: counts with their bits reversed."""
     bits = max(1, (length - 1).bit_length())
     reversed_counts = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(2**bits))

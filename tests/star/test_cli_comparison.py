@@ -102,6 +102,34 @@ class TestTable:
         whole, cut = read(tmp_path / "whole.csv"), read(tmp_path / "cut.csv")
         assert [replace(row, seconds=0.0) for row in whole] == [replace(row, seconds=0.0) for row in cut]
 
+    def test_trains_again_with_further_seeds(self, tmp_path: Path, tiny: None) -> None:
+        """A few at first, then more of them: what is there is not trained again."""
+        path, folder = tmp_path / "genomes.csv", tmp_path / "run"
+        made = run("table", "--extend", path, "--random", "8", "--run", folder, "--workers", "1")
+        assert made.exit_code == 0, made.stderr
+        first = read(path)
+        line = ("table", "--extend", path, folder, "--workers", "1", "--json", "--again")
+        said = run(*line, "3", "--seeds", "1")
+        assert said.exit_code == 0, said.stderr
+        assert "3 further trainings of 3 genomes; about" in said.stderr
+        value = json.loads(said.stdout)
+        assert (value["rows"], value["new"]) == (14, 3)
+        assert set(value["seed_agreement"]) == {"quality", "recall"}
+        assert value["seed_agreement"]["quality"]["genomes"] == 3
+        assert value["seed_agreement"]["quality"]["deviation"] > 0
+        again = [row for row in read(path) if row.seed == 1]
+        assert all(row.objectives.keys() == first[0].objectives.keys() for row in again)
+        more = run(*line, "4", "--seeds", "2")
+        assert "8 further trainings of 4 genomes, 3 of them are there already" in more.stderr
+        assert json.loads(more.stdout)["rows"] == 11 + 8
+        plain = run("table", "--extend", path, folder, "--again", "4")
+        assert "quality: Kendall's tau" in plain.stdout
+        assert "bits per byte (4 genomes of 3 seeds)" in plain.stdout
+        assert "19 rows, 0 of them new" in plain.stdout
+        assert "--again is 99, takes 2 to 11" in refused("table", "--extend", path, "--again", "99")
+        # Without the run, the text is the preset's.
+        assert "name a run of that text too" in refused("table", "--extend", path, "--again", "5")
+
     def test_refusals(self, tmp_path: Path) -> None:
         path = tmp_path / "genomes.csv"
         assert "takes --extend FILE" in refused("table")
@@ -112,6 +140,10 @@ class TestTable:
         assert "has evaluated no candidate yet" in refused("table", "--extend", path, empty)
         assert "--random" in refused("table", "--extend", path, "--random", "3")
         assert "preset is 'huge'" in refused("table", "--extend", path, "--random", "8", "--preset", "huge")
+        assert "--seeds is for --again" in refused("table", "--extend", path, "--seeds", "2")
+        both = ("--again", "8", "--random", "8")
+        assert "give --random in a command before it" in refused("table", "--extend", path, *both)
+        assert "does not exist" in refused("table", "--extend", path, "--again", "8")
         path.write_text("genome,quality\n1,2\n")
         before = path.read_bytes()
         assert "the column depth is missing" in refused(
@@ -147,6 +179,30 @@ class TestCompare:
             assert word in result.stdout
             assert word in page.read_text()
         assert page.read_text().count("| random |") == 1
+
+    def test_the_page_has_what_it_takes_to_make_it_again(self, table: Path, tmp_path: Path) -> None:
+        page = tmp_path / "compare.md"
+        options = ("--population", "4", "--generations", "2", "--seeds", "1", "--processes", "1")
+        result = run("compare", table, *options, "--algorithms", "random,nsga2", "--out", page)
+        assert result.exit_code == 0, result.stderr
+        text = page.read_text()
+        command = (
+            f"`star compare {table} --objectives quality,size --algorithms random,nsga2 --population 4 "
+            "--generations 2 --seeds 1`"
+        )
+        assert command in text
+        assert f"- {table}: 20 rows" in text
+        assert "2 algorithms x 1 seed, " in text
+        assert "rho" in text
+
+    def test_where_to_write_is_checked_before_the_work(
+        self, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("star.comparison.replay.Landscape", None)
+        missing = tmp_path / "missing" / "compare.md"
+        assert "folder" in refused("compare", table, "--out", missing)
+        assert not missing.parent.exists()
+        assert "takes the name of a file" in refused("compare", table, "--out", tmp_path)
 
     def test_json(self, table: Path) -> None:
         options = (*self.OPTIONS, "--algorithms", "random,nsga2", "--objectives", "quality,cache", "--json")

@@ -17,6 +17,8 @@ from recorded_runs import evaluation, finished_run, genomes, measured, record, s
 from star import baselines, cost
 from star.comparison import replay
 from star.comparison import surrogate as surrogate_module
+from star.comparison.again import plan, train_again
+from star.comparison.seeds import agreement
 from star.comparison.surrogate import Surrogate, cross_validate, feature_matrix, features, fidelity
 from star.comparison.table import (
     Row,
@@ -30,8 +32,10 @@ from star.comparison.table import (
     write,
 )
 from star.config import ModelConfig
+from star.fidelity.run import RetrainingFinished
 from star.genome import Genome
 from star.search.algorithms import ALGORITHMS
+from star.search.corpus import CorpusRecord
 from star.search.errors import RunError
 
 CONFIG = ModelConfig(width=16, head_dim=4)
@@ -452,3 +456,119 @@ def test_a_run_with_one_more_evaluation_changes_the_table(tmp_path: Path) -> Non
     assert new == 12
     landscape = replay.Landscape(rows, ("quality", "cache"))
     assert set(landscape.known) == {genome.key for genome in members}
+
+
+# ---- several seeds -----------------------------------------------------------------------------------------
+
+
+def with_noise(row: Row, seed: int, amount: float) -> Row:
+    """The row of another seed, whose quality is another by so much."""
+    quality = row.objectives["quality"] + amount
+    return dataclasses.replace(row, seed=seed, objectives={**row.objectives, "quality": quality})
+
+
+def test_agreement_of_seeds() -> None:
+    rows = many(12)
+    assert agreement(rows, "quality") is None
+    shifted = [with_noise(row, 1, 0.5) for row in rows[:6]]
+    same = agreement([*rows, *shifted], "quality", rounds=50)
+    assert same is not None
+    assert (same.genomes, same.seeds, same.tau) == (6, 2, 1.0)
+    assert same.interval == (1.0, 1.0)
+    assert same.deviation == pytest.approx(0.5 / np.sqrt(2))
+    best = max(row.objectives["quality"] for row in rows)
+    turned = [with_noise(row, 1, 2 * (best - row.objectives["quality"])) for row in rows]
+    opposite = agreement([*rows, *turned], "quality")
+    assert opposite is not None
+    assert opposite.tau == -1.0
+    # A failed training has no value, and a device makes no second one.
+    failed = dataclasses.replace(rows[0], seed=1, status="failed", objectives={})
+    assert agreement([*rows, failed, dataclasses.replace(rows[1], device="cpu abc")], "quality") is None
+
+
+def test_replay_takes_means_over_seeds_and_says_what_seeds_do() -> None:
+    rows = many(15)
+    again = [with_noise(row, 1, 0.5) for row in rows[:5]]
+    devices = [dataclasses.replace(row, device="cpu abc") for row in again]
+    landscape = replay.Landscape([*rows, *again, *devices], ("quality", "size"))
+    for place, row in enumerate(rows):
+        gain = 0.25 if place < 5 else 0.0
+        expected = {**row.objectives, "quality": row.objectives["quality"] + gain}
+        assert landscape.known[row.genome] == pytest.approx(
+            {name: expected[name] for name in ("quality", "size")}
+        )
+    assert (landscape.seeds["quality"].genomes, landscape.seeds["quality"].tau) == (5, 1.0)
+    assert set(landscape.seeds) == {"quality"}
+    assert landscape.rows == 25
+    # The targets of the surrogate are the means.
+    inputs = feature_matrix([Genome.parse(row.genome) for row in rows], landscape.settings.model)
+    means = np.array([landscape.known[row.genome]["quality"] for row in rows])
+    assert landscape.fidelity["quality"] == cross_validate(inputs, means)
+    assert not replay.Landscape(rows, ("quality", "size")).seeds
+
+
+def test_what_is_trained_again_is_spread_over_the_ranks_and_the_same_after_a_part_of_it() -> None:
+    rows = [dataclasses.replace(row, objectives={**row.objectives, "recall": 0.5}) for row in many(16)]
+    whole = plan(rows, 4, 2, workers=1)
+    ranks = {
+        row.genome: place for place, row in enumerate(sorted(rows, key=lambda row: row.objectives["quality"]))
+    }
+    assert sorted(ranks[genome] for genome in whole.genomes) == [0, 4, 8, 12]
+    assert [job.seed for job in whole.jobs] == [1] * 4 + [2] * 4
+    assert whole.missing == whole.jobs
+    assert set(whole.settings.objectives) == {"quality", "size", "cache", "flops", "recall"}
+    assert conditions_of(whole.settings, whole.corpus_key) == rows[0].settings
+    # The best one was bad with the next seed, and one has failed: neither changes who is chosen.
+    bad = with_noise(whole.jobs[0].source, 1, 50.0)
+    failed = dataclasses.replace(whole.jobs[1].source, seed=1, status="failed", objectives={})
+    rest = plan([*rows, bad, failed], 4, 2, workers=1)
+    assert rest.jobs == whole.jobs
+    assert rest.missing == whole.jobs[2:]
+    assert whole.genomes < plan(rows, 8, 1).genomes
+    for count in (1, 17):
+        with pytest.raises(ValueError, match="takes 2 to 16"):
+            plan(rows, count, 1)
+
+
+def stand_in_text(settings: object) -> CorpusRecord:
+    return CorpusRecord("some text", "ab" * 32, "cd" * 32, 256)
+
+
+def test_every_training_is_in_the_table_when_it_is_finished(tmp_path: Path) -> None:
+    path = tmp_path / "genomes.parquet"
+    first = [
+        dataclasses.replace(row, device="cpu abc", objectives={**row.objectives, "ttft": 5.0})
+        for row in many(12)
+    ]
+    rows, _ = extend(path, first)
+    whole = plan(rows, 3, 2, workers=1)
+
+    def stop(event: object) -> None:
+        if isinstance(event, RetrainingFinished) and event.finished == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_again(path, whole, rows, evaluator="further:measure", open_corpus=stand_in_text, on_event=stop)
+    kept = [row for row in read(path) if row.seed > 0]
+    assert len(kept) == 2
+    rest = plan(read(path), 3, 2, workers=1)
+    assert rest.jobs == whole.jobs
+    assert rest.missing == whole.jobs[2:]
+    every = train_again(path, rest, read(path), evaluator="further:measure", open_corpus=stand_in_text)
+    assert every == read(path)
+    further = [row for row in every if row.seed > 0]
+    assert [(row.genome, row.seed) for row in further] == [
+        (job.source.genome, job.seed) for job in whole.jobs
+    ]
+    for row in further:
+        mine = measured(Genome.parse(row.genome))
+        # What is predicted for a device follows from the genome.
+        assert (row.device, row.objectives["ttft"], row.curve) == ("cpu abc", 5.0, ([1, 8.0, None],))
+        assert row.objectives["quality"] == pytest.approx(mine["quality"] + 0.01 * row.seed)
+    assert further[:2] == kept
+    done = plan(every, 3, 2, workers=1)
+    assert not done.missing
+    assert train_again(path, done, every, evaluator="further:measure") == every
+    other = CorpusRecord("other text", "ab" * 32, "ef" * 32, 256)
+    with pytest.raises(RunError, match="'other text' is not the one"):
+        train_again(path, whole, rows, evaluator="further:measure", open_corpus=lambda settings: other)
