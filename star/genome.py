@@ -58,7 +58,7 @@ class Gene(NamedTuple):
     feature_strategy: int = 1
 
     def __str__(self) -> str:
-        return ("" if max(self) < 10 else ".").join(map(str, self))
+        return ("%d%d%d%d%d" if max(self) < 10 else "%d.%d.%d.%d.%d") % self
 
 
 @dataclass(frozen=True, repr=False)
@@ -271,7 +271,7 @@ def _parse_gene(number: int, piece: str) -> Gene:
 def _checked_genes(genes: Iterable[Iterable[SupportsIndex]]) -> tuple[Gene, ...]:
     checked = []
     for number, gene in enumerate(genes, start=1):
-        values = [operator.index(value) for value in gene]
+        values = list(map(operator.index, gene))
         if len(values) != 5:
             raise GenomeError(f"gene {number} '{_shown(values)}': has {len(values)} values, takes 5")
         if min(values) < 1 or max(values) > MAX_VALUE:
