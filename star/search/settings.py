@@ -324,35 +324,28 @@ def _require_number(name: str, value: object, *, above: float | None, at_most: f
 
 # Sizes by purpose: minutes on two cores; half an hour on two; the paper's own, which needs accelerators.
 # The small ones are our own: for the same time, many small steps at a learning rate of about 0.5 / width
-# brought candidates further, and further apart, than a few large ones. Schedule and steps of the small ones
-# are those of benchmarks/results/fidelity.md that order genomes as the best choice there does, for the least
-# time.
+# brought candidates further, and further apart, than a few large ones. Steps and schedule are those that
+# benchmarks/results/fidelity.md found best for their time.
+_SMALL = ProxySettings(
+    steps=80,
+    batch_size=2,
+    length=128,
+    learning_rate=8e-3,
+    warmup_steps=8,
+    threads=1,
+    schedule="constant",
+)
+
 PRESETS: dict[str, SearchSettings] = {
     "demo": SearchSettings(
         population=8,
         generations=5,
         model=ModelConfig(width=64, head_dim=16),
-        proxy=ProxySettings(
-            steps=80,
-            batch_size=2,
-            length=128,
-            learning_rate=8e-3,
-            warmup_steps=8,
-            threads=1,
-            schedule="constant",
-        ),
+        proxy=_SMALL,
     ),
     "laptop": SearchSettings(
         model=ModelConfig(width=128, head_dim=32),
-        proxy=ProxySettings(
-            steps=80,
-            batch_size=2,
-            length=128,
-            learning_rate=4e-3,
-            warmup_steps=8,
-            threads=1,
-            schedule="constant",
-        ),
+        proxy=replace(_SMALL, learning_rate=4e-3),
     ),
     "paper": SearchSettings(
         model=ModelConfig(width=768, head_dim=64),
