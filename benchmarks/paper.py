@@ -1,6 +1,7 @@
 """The paper's experiment at a smaller scale: three searches, the joint one, and their best trained longer.
 
-    python -m benchmarks.paper --out runs/paper                  # hours on two cores, minutes on a GPU
+    python -m benchmarks.paper --out runs/paper                  # hours on two cores
+    python -m benchmarks.paper --out runs/paper --device cuda    # on a GPU
     python -m benchmarks.paper --out runs/paper --report-only    # the report of what has finished by now
     python -m benchmarks.paper --out runs/paper --report-only --publish    # into benchmarks/results
     python -m benchmarks.paper --out /tmp/paper --quick          # the whole path in seconds, for nothing
