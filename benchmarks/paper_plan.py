@@ -93,7 +93,8 @@ class Plan:
     def longer_settings(self) -> SearchSettings:
         """The settings of the trainings of the best: quality and recall, with `longer` times the steps.
 
-        What a longer training reaches is measured and not extrapolated, on `HELD_OUT_TIMES` the windows.
+        The rate is lowered in the end, as in trainings that are meant to reach something, and what they reach
+        is measured and not extrapolated, on `HELD_OUT_TIMES` the windows.
         """
         proxy, recall = self.search.proxy, self.search.recall
         return replace(
@@ -104,6 +105,7 @@ class Plan:
                 steps=proxy.steps * self.longer,
                 warmup_steps=proxy.warmup_steps * self.longer,
                 evaluate_every=proxy.evaluate_every * self.longer,
+                schedule="cosine",
                 extrapolate_to=0,
                 validation_batches=proxy.validation_batches * HELD_OUT_TIMES,
             ),

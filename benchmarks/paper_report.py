@@ -78,7 +78,8 @@ def _circumstances(state: State) -> list[str]:
         "",
         f"Proxy: {proxy.steps} steps of {proxy.batch_size} x {proxy.length} tokens ({proxy.tokens:,}), "
         f"peak rate {proxy.learning_rate:g}, schedule {proxy.schedule}. Longer: {longer.steps} steps "
-        f"({longer.tokens:,} tokens), {plan.seeds} seeds, none of them the proxy's. Recall: right answers in "
+        f"({longer.tokens:,} tokens), schedule {longer.schedule}, {plan.seeds} seeds, none of them the "
+        "proxy's. Recall: right answers in "
         f"`{settings.recall.task}` after {settings.recall.steps * plan.longer} steps of training on it. "
         f"Text: {text}. {_held_out(state)}",
         "",

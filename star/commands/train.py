@@ -103,8 +103,10 @@ def train(
             width = PRESETS["laptop"].model.width
         chosen = open_target(target, id=id, depth=depth, width=width, head_dim=head_dim)
         directory = _directory(chosen) if out is None else out
+        found = PRESETS["laptop"].proxy if chosen.settings is None else chosen.settings.proxy
         settings = _settings(
-            PRESETS["laptop"].proxy if chosen.settings is None else chosen.settings.proxy,
+            # A proxy need not end well, as it is only compared with others; this training should.
+            replace(found, schedule="cosine"),
             steps,
             proxy_settings(
                 proxy or (),

@@ -39,8 +39,9 @@ class FidelitySettings:
     def trainings(self, proxy: ProxySettings) -> tuple[ProxySettings, ...]:
         """The longer trainings that are compared with `proxy`, one a seed.
 
-        Steps, warm-up and the distance of evaluations are `budget` times as many; what a longer training
-        reaches is measured and not extrapolated. Its seeds follow the proxy's and are none of its own: what
+        Steps, warm-up and the distance of evaluations are `budget` times as many, and the rate is lowered in
+        the end, as in trainings that are meant to reach something; what a longer training reaches is measured
+        and not extrapolated. Its seeds follow the proxy's and are none of its own: what
         luck with initialisation and data gave a candidate in the search must not be found again.
         """
         longer = replace(
@@ -48,6 +49,7 @@ class FidelitySettings:
             steps=proxy.steps * self.budget,
             warmup_steps=proxy.warmup_steps * self.budget,
             evaluate_every=proxy.evaluate_every * self.budget,
+            schedule="cosine",
             extrapolate_to=0,
         )
         return tuple(replace(longer, seed=(proxy.seed + 1 + place) % 2**63) for place in range(self.seeds))

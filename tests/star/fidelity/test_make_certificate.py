@@ -78,6 +78,14 @@ def certified(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+def test_longer_trainings_end_well_whatever_the_proxy_does() -> None:
+    proxy = ProxySettings(steps=8, warmup_steps=2, schedule="constant", extrapolate_to=80, seed=4)
+    longer = FidelitySettings(budget=5, seeds=2).trainings(proxy)
+    assert [item.seed for item in longer] == [5, 6]
+    for item in longer:
+        assert (item.steps, item.warmup_steps, item.schedule, item.extrapolate_to) == (40, 10, "cosine", 0)
+
+
 def test_every_candidate_of_the_sample_is_retrained_with_every_seed(certified: Path) -> None:
     certificate = read_certificate(certified)
     assert certificate is not None

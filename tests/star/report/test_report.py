@@ -163,7 +163,7 @@ class TestRungs:
         rows = [evaluation(id, genome, id // 4) for id, genome in enumerate(genomes(6))]
         rows[5] = replace(rows[5], status="stopped", reason="over budget: cache (at step 60 of 120)")
         run = read_run(record(tmp_path / "run", rows, settings=settings))
-        assert "5 of 6 candidates keep the budget (cache at most 1.00 GB)." in run.verdicts()
+        assert "5 of 6 candidates keep the budget (cache at most 1.00 GB at width 16)." in run.verdicts()
 
     def test_says_where_nobody_was_stopped(self, tmp_path: Path, page: str) -> None:
         rows = [evaluation(id, genome, 0) for id, genome in enumerate(genomes(3))]
