@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Workers:
-    """How many processes, as `SearchSettings` has it; may change between two sessions."""
+    """How many processes, as `SearchSettings` has it; may change from one start to the next."""
 
     workers: int | None = None
     workers_per_gpu: int | None = None

@@ -121,7 +121,7 @@ class Plan:
         return [(first + place) % 2**63 for place in range(self.seeds)]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON without what may change between two sessions: workers and engine.
+        """Plain JSON without what may change from one start to the next: workers and engine.
 
         Every setting is in it, those too that other records leave out where they are the defaults: a begun
         experiment goes on as it was when defaults change.

@@ -66,8 +66,8 @@ def retrain(
     """Train what is not recorded yet of `genomes` (canonical) times `plan.seeds`; seeds outermost, so that a
     stopped experiment has something of everything.
 
-    A training that was lost with its worker is no verdict on its genome: it is done again, once a session.
-    `lost` has those of this session, and gets those that are lost here.
+    A training that was lost with its worker is no verdict on its genome: each start does it again, once.
+    `lost` has those of this start, and gets those that are lost here.
 
     Raises:
         RunError, DiskFull: as `star.search.search`.

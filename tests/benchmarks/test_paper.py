@@ -135,21 +135,21 @@ def test_a_training_that_was_lost_with_its_worker_is_done_again(tmp_path: Path) 
     corpus = CorpusRecord("text", "hash", "key", 256)
     engine = Answers(lost_twice("it was killed by SIGKILL"))
 
-    def session(lost: set[tuple[str, int]]) -> None:
+    def start(lost: set[tuple[str, int]]) -> None:
         retrain(folder, plan, ["71111"], corpus, engine, lambda text: None, lost)
 
     first: set[tuple[str, int]] = set()
-    session(first)
-    session(first)  # a later stage of the same session leaves it
+    start(first)
+    start(first)  # a later stage of the same start leaves it
     assert engine.genomes == ["71111"]
     assert read_longer(read_retrained(folder), "71111").failed == 1
     engine.result = {"status": "ok", "reason": None, "objectives": {"quality": 2.0, "recall": 0.25}}
-    session(set())
+    start(set())
     assert engine.genomes == ["71111"] * 2
     found = read_longer(read_retrained(folder), "71111")
     assert (found.quality, found.recall, found.failed) == ((2.0,), (0.75,), 0)
     engine.result = {"status": "failed", "reason": "loss is nan", "objectives": {}}
-    session(set())
+    start(set())
     assert len(engine.genomes) == 2
 
 
