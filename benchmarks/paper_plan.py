@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from star.fidelity.settings import longer_training
 from star.search import SearchSettings, preset
 from star.search.store import canonical_json
 from star.training_directory import write_whole
@@ -93,20 +94,14 @@ class Plan:
     def longer_settings(self) -> SearchSettings:
         """The settings of the trainings of the best: quality and recall, with `longer` times the steps.
 
-        The rate is lowered in the end, as in trainings that are meant to reach something, and what they reach
-        is measured and not extrapolated, on `HELD_OUT_TIMES` the windows.
+        They are evaluated on `HELD_OUT_TIMES` the windows.
         """
         proxy, recall = self.search.proxy, self.search.recall
         return replace(
             self.search,
             objectives=("quality", "recall"),
             proxy=replace(
-                proxy,
-                steps=proxy.steps * self.longer,
-                warmup_steps=proxy.warmup_steps * self.longer,
-                evaluate_every=proxy.evaluate_every * self.longer,
-                schedule="cosine",
-                extrapolate_to=0,
+                longer_training(proxy, self.longer),
                 validation_batches=proxy.validation_batches * HELD_OUT_TIMES,
             ),
             recall=replace(

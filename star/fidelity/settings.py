@@ -8,9 +8,25 @@ from typing import Any
 
 from star.proxy import ProxySettings
 
-__all__ = ["FidelitySettings"]
+__all__ = ["FidelitySettings", "longer_training"]
 
 _RANGES = {"sample": (2, 10_000), "budget": (1, 1_000), "seeds": (1, 100)}
+
+
+def longer_training(proxy: ProxySettings, times: int) -> ProxySettings:
+    """A training `times` as long as the proxy's, with its seed.
+
+    Steps, warm-up and the distance of evaluations are `times` as many, and the rate is lowered in the end, as
+    in trainings that are meant to reach something; what it reaches is measured and not extrapolated.
+    """
+    return replace(
+        proxy,
+        steps=proxy.steps * times,
+        warmup_steps=proxy.warmup_steps * times,
+        evaluate_every=proxy.evaluate_every * times,
+        schedule="cosine",
+        extrapolate_to=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -39,19 +55,10 @@ class FidelitySettings:
     def trainings(self, proxy: ProxySettings) -> tuple[ProxySettings, ...]:
         """The longer trainings that are compared with `proxy`, one a seed.
 
-        Steps, warm-up and the distance of evaluations are `budget` times as many, and the rate is lowered in
-        the end, as in trainings that are meant to reach something; what a longer training reaches is measured
-        and not extrapolated. Its seeds follow the proxy's and are none of its own: what
-        luck with initialisation and data gave a candidate in the search must not be found again.
+        Their seeds follow the proxy's and are none of its own: what luck with initialisation and data gave a
+        candidate in the search must not be found again.
         """
-        longer = replace(
-            proxy,
-            steps=proxy.steps * self.budget,
-            warmup_steps=proxy.warmup_steps * self.budget,
-            evaluate_every=proxy.evaluate_every * self.budget,
-            schedule="cosine",
-            extrapolate_to=0,
-        )
+        longer = longer_training(proxy, self.budget)
         return tuple(replace(longer, seed=(proxy.seed + 1 + place) % 2**63) for place in range(self.seeds))
 
     def to_json(self) -> dict[str, Any]:
