@@ -19,7 +19,13 @@ import numpy as np
 from star.fidelity.record import Retraining
 from star.fidelity.sample import Member
 from star.fidelity.settings import FidelitySettings
-from star.fidelity.statistics import Values, bootstrap_interval, kendall_tau, probability_non_dominated
+from star.fidelity.statistics import (
+    Values,
+    bootstrap_interval,
+    kendall_tau,
+    pooled_deviation,
+    probability_non_dominated,
+)
 from star.search.budgets import judged
 from star.search.front import candidates, front
 from star.search.objectives import find, objective_vector
@@ -245,8 +251,7 @@ def _seed_noise(ranked: Sequence[Candidate]) -> SeedNoise:
     repeated = [np.array(item.known) for item in ranked if len(item.known) > 1]
     if not repeated:
         return SeedNoise(math.nan, math.nan, math.nan)
-    squares = math.fsum(float(((values - values.mean()) ** 2).sum()) for values in repeated)
-    deviation = math.sqrt(squares / sum(len(values) - 1 for values in repeated))
+    deviation, _ = pooled_deviation(repeated)
     # By seed: only candidates that both seeds have can be put in an order by both.
     table = np.array([[math.nan if q is None else q for q in item.qualities] for item in ranked])
     flipped = pairs = 0
