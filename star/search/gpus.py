@@ -36,12 +36,14 @@ def place(settings: SearchSettings, find_gpus: FindGpus) -> Placement:
     Without `workers_per_gpu` there are as many as for a CPU, since each needs a core to drive its GPU.
 
     Raises:
-        ValueError: `workers_per_gpu` on a machine without GPUs.
+        ValueError: `workers_per_gpu`, or the device cuda, on a machine without GPUs.
     """
     device, sharing = settings.proxy.device, settings.workers_per_gpu
     if device.startswith("cuda:"):  # all workers on this one
         return Placement(settings.worker_count() if sharing is None else sharing)
     gpus = () if device == "cpu" else find_gpus()
+    if device == "cuda" and not gpus:
+        raise ValueError("device is 'cuda', and this machine has no GPU that torch can use")
     if sharing is None:
         return Placement(settings.worker_count(), gpus)
     if not gpus:

@@ -23,7 +23,7 @@ from star.search.settings import EXECUTION, SearchSettings
 from star.search.store import RunStore
 from star.search.workers import Engine, LocalEngine
 
-__all__ = ["EVALUATOR", "resume", "search"]
+__all__ = ["EVALUATOR", "carried_out_otherwise", "resume", "search"]
 
 EVALUATOR = "star.search.evaluate:evaluate"
 
@@ -118,7 +118,9 @@ def resume(
         with RunStore.open(run.database, write=True) as store:
             settings = store.settings()
             _agree(run, store, settings, evaluator)
-            settings = _otherwise(settings, workers, workers_per_gpu, timeout, engine)
+            settings = carried_out_otherwise(
+                settings, workers=workers, workers_per_gpu=workers_per_gpu, timeout=timeout, engine=engine
+            )
             placement = _placement(settings, find_gpus)
             corpus = open_corpus(settings)
             _require_same_text(store.facts()["data"], corpus)
@@ -130,17 +132,20 @@ def _placement(settings: SearchSettings, find_gpus: FindGpus) -> Placement:
     return place(settings, find_gpus) if settings.engine == "local" else Placement(settings.worker_count())
 
 
-def _otherwise(
+def carried_out_otherwise(
     settings: SearchSettings,
-    workers: int | None,
-    workers_per_gpu: int | None,
-    timeout: float | None,
-    engine: str | None,
+    *,
+    workers: int | None = None,
+    workers_per_gpu: int | None = None,
+    timeout: float | None = None,
+    engine: str | None = None,
 ) -> SearchSettings:
-    """The settings carried out in another way, where one is given."""
+    """The settings of a search that is carried out in another way, where one is given."""
     changes: dict[str, Any] = {}
-    if workers is not None or workers_per_gpu is not None:
-        changes |= {"workers": workers, "workers_per_gpu": workers_per_gpu}
+    given = {"workers": workers, "workers_per_gpu": workers_per_gpu}
+    if any(number is not None for number in given.values()):
+        local = (engine or settings.engine) == "local"  # which takes one of the two
+        changes |= given if local else {name: number for name, number in given.items() if number is not None}
     if timeout is not None:
         changes["timeout"] = timeout
     if engine is not None:

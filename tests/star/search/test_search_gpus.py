@@ -14,7 +14,7 @@ from star.search import gpus
 from star.search.errors import SearchInterrupted
 from star.search.events import CandidateFinished, CandidateStarted, Event, RunStarted
 from star.search.gpus import Placement, place, visible_gpus
-from star.search.run import resume, search
+from star.search.run import carried_out_otherwise, resume, search
 from star.search.settings import SearchSettings
 from star.search.store import RunStore
 
@@ -50,6 +50,8 @@ def test_placement() -> None:
 def test_placement_that_can_not_be() -> None:
     with pytest.raises(ValueError, match="workers_per_gpu is 4, and this machine has no GPU that torch can"):
         place(on("auto", workers_per_gpu=4), none)
+    with pytest.raises(ValueError, match="device is 'cuda', and this machine has no GPU"):
+        place(on("cuda", workers=1), none)
     with pytest.raises(ValueError, match="the device of the proxy is the CPU"):
         on("cpu", workers_per_gpu=4)
     with pytest.raises(ValueError, match="both given"):
@@ -98,6 +100,23 @@ def test_without_gpus_the_environment_is_left_alone(tmp_path: Path, monkeypatch:
     search(settings, tmp_path / "run", find_gpus=none, on_event=events.append, **OPTIONS)
     sizes = {e.evaluation.objectives["size"] for e in events if isinstance(e, CandidateFinished)}
     assert sizes == {7}
+
+
+def test_cuda_without_a_gpu_begins_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device is 'cuda', and this machine has no GPU"):
+        search(on("cuda"), tmp_path / "run", find_gpus=none, **OPTIONS)
+    assert not (tmp_path / "run" / "run.db").exists()
+
+
+def test_a_cluster_keeps_what_resume_does_not_change() -> None:
+    """Of local workers one number takes the other's place; Ray takes both."""
+    settings = on("auto", workers=16, workers_per_gpu=4, engine="ray")
+    more = carried_out_otherwise(settings, workers=32)
+    assert (more.workers, more.workers_per_gpu) == (32, 4)
+    closer = carried_out_otherwise(settings, workers_per_gpu=8)
+    assert (closer.workers, closer.workers_per_gpu) == (16, 8)
+    local = carried_out_otherwise(on("auto", workers=2), workers_per_gpu=8)
+    assert (local.workers, local.workers_per_gpu) == (None, 8)
 
 
 @pytest.mark.parametrize(
