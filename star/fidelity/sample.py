@@ -30,8 +30,8 @@ def stratified_sample(
     """The front, then the others at quantiles of their quality under the proxy.
 
     A front that would leave less than a third of the sample to the others is thinned evenly, by its first
-    objective. The others come in an order in which every beginning is spread over all ranks (van der
-    Corput's): a larger sample holds those of a smaller one, whose trainings need not be done again.
+    objective. Both parts come in an order in which every beginning is spread over all of the part (van der
+    Corput's): a larger sample holds a smaller one, whose trainings need not be done again.
 
     Args:
         evaluations: of the run; references, and what failed or was stopped at a rung, are never drawn.
@@ -54,10 +54,9 @@ def stratified_sample(
 
 
 def _evenly(length: int, count: int) -> list[int]:
-    """`count` places from 0 to length - 1, both ends among them."""
-    if count < 2:
-        return list(range(count))
-    return [round(place * (length - 1) / (count - 1)) for place in range(count)]
+    """`count` places from 0 to length - 1: both ends, then those between as `spread` has them."""
+    between = [1 + place for place in spread(length - 2)] if length > 2 else []
+    return sorted([*dict.fromkeys((0, length - 1)), *between][:count])
 
 
 def spread(length: int) -> list[int]:

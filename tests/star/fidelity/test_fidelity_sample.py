@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -49,6 +50,12 @@ def test_the_others_are_spread_over_their_ranks() -> None:
 def test_a_larger_sample_holds_a_smaller_one() -> None:
     run = run_of(4, 40)
     assert set(ids(run, 8)) < set(ids(run, 13)) < set(ids(run, 30))
+
+
+def test_so_it_does_where_the_front_is_thinned() -> None:
+    run = run_of(30, 20)
+    samples = [set(ids(run, count)) for count in (3, 12, 24, 30, 45)]
+    assert all(smaller < larger for smaller, larger in pairwise(samples))
 
 
 def test_a_long_front_leaves_a_third_to_the_others() -> None:
