@@ -71,10 +71,20 @@ def with_table(
     else:
         chosen = agrees(table, settings.measure)
         _require_contexts(names, chosen)
-    warning = table.warning()
-    if warning is not None:
+    for warning in filter(None, (table.warning(), _other_vocabulary(table, settings))):
         listener(DeviceUnsteady(warning))
     return replace(settings, measure=chosen, profile=table.require_classes(classes))
+
+
+def _other_vocabulary(table: ProfileTable, settings: SearchSettings) -> str | None:
+    """That a table's models end in another head than those of the text, which shifts all predictions."""
+    of_table, of_text = table.settings.vocab_size, settings.model.vocab_size
+    if of_table == of_text:
+        return None
+    return (
+        f"the profile table is of models of {of_table} token ids, and the text has {of_text}: predictions, "
+        f"and budgets, are of the former (star profile --vocab-size {of_text} measures the latter)"
+    )
 
 
 def needed_classes(settings: SearchSettings) -> set[int]:

@@ -194,6 +194,19 @@ class TestSearch:
         assert "\n" not in told[0]
         assert any("profile table is unsteady" in line for line in read_run(tmp_path / "run").verdicts())
 
+    def test_people_are_told_that_the_table_is_of_another_vocabulary(self, tmp_path: Path) -> None:
+        told: list[str] = []
+
+        def listen(event: Event) -> None:
+            if isinstance(event, DeviceUnsteady):
+                told.append(event.warning)
+
+        asked = replace(SETTINGS, vocab_size=1000, every=0)
+        given = settings(profile=replace(table(), settings=asked), measure=asked, generations=1)
+        begin(tmp_path / "run", settings=given, on_event=listen)
+        (warning,) = told
+        assert f"is of models of 1000 token ids, and the text has {SETTINGS.vocab_size}" in warning
+
     def test_survivors_by_hypervolume_are_others(self, run: Path, tmp_path: Path) -> None:
         begin(tmp_path / "run", settings=settings(survival="hv"))
         with RunStore.open(tmp_path / "run") as store, RunStore.open(run) as other:
