@@ -82,6 +82,9 @@ def recall(candidate: Candidate) -> float:
     chosen = settings.recall
     training = replace(
         settings.proxy,
+        parametrization="standard",  # the task's models begin with standard weights
+        average_evaluations=1,
+        extrapolate_to=0,
         steps=chosen.steps,
         batch_size=chosen.batch_size,
         learning_rate=chosen.learning_rate,

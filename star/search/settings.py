@@ -67,7 +67,7 @@ class DataSettings:
 class RecallSettings:
     """How the objective `recall` is measured: a model of the genome is trained on a task of its own.
 
-    Seed, threads, device and data type are the proxy's.
+    Seed, threads, device, data type, schedule and clipping are the proxy's.
 
     Attributes:
         task: as `star.tasks.open_task` takes it.

@@ -118,6 +118,10 @@ def test_recall_is_measured_where_it_is_searched(settings: SearchSettings, given
         assert result["objectives"]["quality"] == evaluate(text, given, 0, None)["objectives"]["quality"]
     assert scores["21111-91111"] < scores["91111-91111"] - 0.1
     assert evaluate("21111-91111", searched, 3, None)["objectives"]["recall"] == scores["21111-91111"]
+    # Whatever the proxy's learning rate is meant for, the task's is that of its own model.
+    proxy = dataclasses.replace(settings.proxy, parametrization="mup", base_width=8, extrapolate_to=9)
+    transferred = evaluate("21111-91111", {**searched, "proxy": proxy.to_json()}, 0, None)
+    assert transferred["objectives"]["recall"] == scores["21111-91111"]
 
 
 def test_recall_that_can_not_be_measured_is_a_failed_candidate(given: dict[str, Any]) -> None:
