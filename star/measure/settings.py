@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,7 +74,8 @@ class MeasureSettings:
         if len(set(contexts)) < len(contexts):
             raise ValueError(f"measured contexts are {contexts}, take each number of tokens once")
         object.__setattr__(self, "contexts", tuple(sorted(contexts)))
-        if isinstance(self.seconds, bool) or not isinstance(self.seconds, (int, float)) or self.seconds < 0:
+        is_number = isinstance(self.seconds, (int, float)) and not isinstance(self.seconds, bool)
+        if not (is_number and 0 <= self.seconds < math.inf):
             raise ValueError(f"measured seconds is {self.seconds!r}, takes a number of at least 0")
         if self.dtype not in DTYPES:
             raise ValueError(f"measured dtype is {self.dtype!r}, takes {', '.join(DTYPES)}")

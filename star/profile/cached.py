@@ -88,6 +88,8 @@ def agrees(table: ProfileTable, settings: MeasureSettings) -> MeasureSettings:
     for name in ("dtype", "device"):
         if getattr(settings, name) == "auto":
             settings = replace(settings, **{name: getattr(theirs, name)})
+    if settings.device == "cuda":  # as MeasureSettings.resolved has it
+        settings = replace(settings, device="cuda:0")
     if not settings.contexts:
         settings = replace(settings, contexts=theirs.contexts)
     for name in ("width", "head_dim", "vocab_size", "dtype", "device", "threads", "contexts", "chunk"):

@@ -41,6 +41,8 @@ class TestSettings:
             ({"contexts": "4096"}, "contexts are '4096'"),
             ({"chunk": 0}, "chunk is 0"),
             ({"seconds": -1}, "seconds is -1"),
+            ({"seconds": float("inf")}, "seconds is inf"),
+            ({"seconds": float("nan")}, "seconds is nan"),
             ({"threads": 0}, "threads is 0"),
             ({"every": -1}, "every is -1"),
         ],

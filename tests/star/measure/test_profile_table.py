@@ -239,12 +239,19 @@ class TestAgreement:
             ({"width": 128}, "was measured with width 64, not 128"),
             ({"contexts": (64, 128)}, "was measured with contexts 64, 256, not 64, 128"),
             ({"dtype": "bfloat16"}, "was measured with dtype float32, not bfloat16"),
-            ({"device": "cuda"}, "was measured with device cpu, not cuda"),
+            ({"device": "cuda"}, "was measured with device cpu, not cuda:0"),
         ],
     )
     def test_refuses_others(self, change: dict[str, Any], says: str) -> None:
         with pytest.raises(ProfileDamaged, match=says):
             agrees(table(), replace(MeasureSettings(width=64, chunk=128), **change))
+
+    def test_the_gpu_is_the_first_one(self) -> None:
+        of_gpu = replace(table(), settings=replace(SETTINGS, device="cuda:0"))
+        asked = MeasureSettings(width=64, chunk=128, device="cuda")
+        assert agrees(of_gpu, asked).device == "cuda:0"
+        with pytest.raises(ProfileDamaged, match="device cuda:0, not cuda:1"):
+            agrees(of_gpu, replace(asked, device="cuda:1"))
 
 
 def test_known_tables_name_every_way_to_share() -> None:
