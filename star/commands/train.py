@@ -105,8 +105,9 @@ def train(
         directory = _directory(chosen) if out is None else out
         found = PRESETS["laptop"].proxy if chosen.settings is None else chosen.settings.proxy
         settings = _settings(
-            # A proxy need not end well, as it is only compared with others; this training should.
-            replace(found, schedule="cosine"),
+            # A proxy need not end well, as it is only compared with others; this training should. And it is
+            # read as what was measured, not as what a longer one would be worth.
+            replace(found, schedule="cosine", extrapolate_to=0),
             steps,
             proxy_settings(
                 proxy or (),
