@@ -211,7 +211,7 @@ class RunSummary:
             return [(f"Nothing was found: {failed} tried, and none succeeded.", False)]
         judged: list[tuple[str, bool | None]] = self._budget_judged()
         if self.generations > 1:
-            judged.append((str(self.dominance), self.dominance.holds))
+            judged.append((str(self.dominance), self.dominance.holds if self.dominance.total else None))
         else:
             judged.append(("Only the first, random generation has been trained.", None))
         for comparison in self.comparisons:

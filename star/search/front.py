@@ -122,7 +122,10 @@ class Dominance:
 
     def __str__(self) -> str:
         if self.total == 0:
-            return "No candidate of the first generation succeeded, so there is nothing to compare with."
+            return (
+                "The first generation has no front (all failed, or exceeded a budget): there is nothing to "
+                "compare with."
+            )
         if self.strict:
             return f"The front dominates all {self.total} candidates of the first generation's front."
         kept = self.total - self.dominated
