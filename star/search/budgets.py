@@ -189,6 +189,8 @@ def _amount(option: str, text: str, objective: Objective, amount: str) -> float:
     if unit not in units:
         said = f"unit {unit!r} does not fit {objective.name}" if unit else f"the value {found[1]} has no unit"
         raise ValueError(f"{option} {text}: {said}, takes {takes}")
+    if objective.form == "percent" and number * units[unit] > 1:
+        raise ValueError(f"{option} {text}: {amount} is more than all, takes a share up to 1, or up to 100%")
     if math.isinf(number * units[unit]):
         raise ValueError(f"{option} {text}: {amount} is not finite, takes a number that is")
     if not number * units[unit] > 0:

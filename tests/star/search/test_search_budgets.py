@@ -47,6 +47,7 @@ class TestWriting:
             ("size=1.5M", "size", 1.5e6),
             ("flops=3e9", "flops", 3e9),
             ("recall=5%", "recall", 0.05),
+            ("recall=1", "recall", 1.0),
             ("quality=2.5", "quality", 2.5),
         ],
     )
@@ -63,6 +64,7 @@ class TestWriting:
             (["ttft=40MB"], [], "--max ttft=40MB: unit 'MB' does not fit ttft, takes us, µs, ms, s"),
             (["cache=200ms"], [], "unit 'ms' does not fit cache, takes B, kB"),
             (["ttft=200"], [], "--max ttft=200: the value 200 has no unit, takes us"),
+            (["recall=20"], [], "--max recall=20: 20 is more than all, takes a share up to 1, or up to 100%"),
             (["cache=40"], [], "--max cache=40: the value 40 has no unit, takes B, kB, MB"),
             (["quality=1e400"], [], "--max quality=1e400: 1e400 is not finite"),
             (["cache=1e300TB"], [], "--max cache=1e300TB: 1e300TB is not finite"),
