@@ -87,8 +87,8 @@ def train(
             run = TaskRun(model, task, settings, evaluate_every=evaluate_every, progress=progress)
 
             def save() -> None:
-                run.save(directory / CHECKPOINT)
                 _write(directory, identity, TaskOutcome("unfinished", curve=tuple(run.curve)))
+                run.save(directory / CHECKPOINT)  # last, as `restore` drops points beyond its step
 
             if (directory / CHECKPOINT).is_file():
                 run.restore(directory / CHECKPOINT, list(curve))
