@@ -58,7 +58,8 @@ class GeneticAlgorithm:
         for genome in self._proposals.latest:
             self._fitness[genome.key] = self._number(vectors.get(genome.key))
         children = sorted(self._proposals.latest, key=self._fitness_of)
-        elite = sorted(self._population, key=self._fitness_of)[:ELITE]
+        kept = min(ELITE, self._settings.population - 1)  # or no child would ever come in
+        elite = sorted(self._population, key=self._fitness_of)[:kept]
         self._population = [*elite, *children][: max(self._settings.population, len(elite))]
         return self._population
 

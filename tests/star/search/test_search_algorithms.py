@@ -216,6 +216,13 @@ def test_genetic_algorithm_keeps_two_and_adds_one_number() -> None:
         assert children == sorted(proposals[generation], key=number)[: 6 - ELITE]
 
 
+def test_a_genetic_algorithm_of_two_takes_a_child_in() -> None:
+    proposals, survivors = play(small("ga", generations=4, population=2))
+    for proposed, kept in zip(proposals, survivors, strict=True):
+        assert len(kept) == 2
+        assert set(kept) & set(proposed)
+
+
 def test_parameter_count_takes_the_largest_for_quality_alone() -> None:
     settings = small("parameters", objectives=("quality",), generations=1, depth=12)
     (chosen,), _ = play(settings)
