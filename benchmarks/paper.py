@@ -34,6 +34,7 @@ from benchmarks.paper_plan import SEARCHES, Folder, Plan, append_line
 from benchmarks.paper_report import write_report
 from benchmarks.paper_retrain import engine_of, layouts, retrain
 from benchmarks.paper_state import read_drifts, read_found
+from star.measure.errors import MeasurementError
 from star.measure.settings import MeasureSettings
 from star.profile.table import ProfileTable
 from star.search import RunError, RunStore, resume, search
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, SearchInterrupted):
         print("stopped; the same command goes on with it", file=sys.stderr)
         return 130
-    except (ValueError, RunError, OSError) as error:
+    except (ValueError, RunError, OSError, MeasurementError) as error:
         print(f"paper: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     return 0

@@ -27,6 +27,7 @@ from typing import TypeVar
 import numpy as np
 
 from star.genome import Genome
+from star.measure.errors import MeasurementError
 from star.measure.process import measure_in_process
 from star.measure.quantities import relative_errors
 from star.measure.settings import MeasureSettings
@@ -187,4 +188,7 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, MeasurementError, OSError) as error:
+        sys.exit(f"prediction: {error}")
