@@ -13,7 +13,7 @@ from benchmarks.fidelity_plan import TRUTH, Choice, Plan, transfer_name
 from benchmarks.fidelity_records import Key, Record
 from star.cost import parameters
 from star.extrapolation import evaluation_steps, quality_of
-from star.fidelity.statistics import bootstrap_interval, kendall_tau
+from star.fidelity.statistics import bootstrap_interval, kendall_tau, pooled_deviation
 from star.genome import Genome
 from star.proxy import ProxySettings
 from star.search import preset
@@ -356,13 +356,13 @@ def _noise(plan: Plan, records: Records) -> list[str]:
     for genome in map(str, plan.truth.genomes):
         values = [by_seed[seed][genome] for seed in seeds if genome in by_seed[seed]]
         if len(values) > 1:
-            spreads.append(statistics.variance(values))
+            spreads.append(values)
     if not taus or not spreads:
         return ["Seed noise of the truth: needs a second seed of half of the genomes."]
     all_values = list(true_quality(plan, records).values())
     return [
         f"Seed noise of the truth: two single seeds agree with tau {min(taus):.3f} to {max(taus):.3f}; a "
-        f"seed's standard deviation is {math.sqrt(statistics.fmean(spreads)):.4f} bits per byte, that "
+        f"seed's standard deviation is {pooled_deviation(spreads)[0]:.4f} bits per byte, that "
         f"between genomes {statistics.stdev(all_values):.4f}."
     ]
 

@@ -28,6 +28,7 @@ from star.comparison.seeds import SeedAgreement, agreement
 from star.comparison.surrogate import Fidelity, Surrogate, cross_validate, feature_matrix, fidelity
 from star.comparison.table import Row, main_conditions
 from star.config import ModelConfig
+from star.fidelity.statistics import bootstrap_interval
 from star.genome import Genome
 from star.proxy import Outcome, ProxySettings
 from star.search.algorithms import ALGORITHMS, Algorithm, begin, require_algorithm
@@ -396,7 +397,5 @@ def _result(name: str, found: Mapping[tuple[str, int], list[float]], seeds: int)
 
 def bootstrap(values: Values, seed: int = 0) -> Interval:
     """The mean of (N,) values, and the percentile interval of the means of BOOTSTRAPS resamples."""
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (BOOTSTRAPS, len(values)))].mean(axis=1)
-    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(float(values.mean()), float(low), float(high))
+    limits = bootstrap_interval(np.mean, values, rounds=BOOTSTRAPS, seed=seed, confidence=CONFIDENCE)
+    return Interval(float(values.mean()), *limits)
