@@ -45,7 +45,7 @@ class Facts:
         origin: one sentence.
         settings: of its training, by name; empty where it was not trained.
         corpus: name and hashes of the text, as recorded.
-        objectives: measured values by name, smaller is better.
+        objectives: measured values by name.
         references: those of other models under the same training, by model.
         versions: of the packages that the results depend on.
     """

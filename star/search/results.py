@@ -4,7 +4,7 @@ An evaluator is `callable(genome_text, settings, candidate_id, weights_path | No
 
     status       "ok", "failed", or "stopped" (where settings["bars"] says so: star.search.rungs)
     reason       text, when it failed or was stopped; else, if at all, why quality was not extrapolated
-    objectives   name -> number (smaller is better), unless it failed
+    objectives   name -> number in the objective's own direction, unless it failed
     curve        list of points of the learning curve, optional
     seconds      what it took, optional
 """

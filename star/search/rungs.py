@@ -9,7 +9,9 @@ genome tells exactly, it is put among its rivals, sorted into fronts, and is sto
 last of these. The rivals are
 
     survivors    of the generation before: who is behind them all would not survive even as the only child of
-                 its generation, so the search goes on as it would have, for less
+                 its generation, so the search goes on as it would have, for less. In `ga` and `regularised`
+                 children survive whatever they are worth: there who comes behind the whole population is
+                 stopped, and rungs rest for a generation after one whose survivors were stopped
     front        of everything before: who can not reach it is stopped; saves more, and populations are
                  renewed by members of the front alone
 

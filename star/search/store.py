@@ -70,8 +70,8 @@ class Evaluation:
         status: "ok", "failed", or "stopped" at a rung (star.search.rungs).
         reason: why it failed or was stopped; None when it was trained to its end, unless its quality could
             not be extrapolated as was asked for.
-        objectives: name -> measured value, smaller is better; empty when it failed. When it was stopped,
-            quality is that of the unfinished training, and what takes another training is missing.
+        objectives: name -> measured value, in the objective's own direction; empty when it failed. When it
+            was stopped, quality is that of the unfinished training, and what takes another one is missing.
         curve: the learning curve, rows as the evaluator gave them.
         seconds: wall time of the evaluation, in the worker.
         finished_at: seconds since 1970.
