@@ -102,10 +102,11 @@ def _device(state: State) -> str:
     measured = state.table.settings
     kind = "processor seconds of one thread" if state.plan.cpu_time else "wall time"
     context = ", ".join(map(str, measured.contexts))
+    doubt = state.table.warning()
     return (
         f"Decoding is that of another width: {measured.width}, with heads of {measured.head_dim}, in "
         f"{measured.dtype} behind {context} tokens on {state.table.device_name} ({kind})."
-    )
+    ) + ("" if doubt is None else f" Warning: {doubt}.")
 
 
 def _held_out(state: State) -> str:

@@ -1,4 +1,4 @@
-"""The functions that measure objectives, from a trained candidate to a number of which less is better.
+"""The functions that measure objectives, from a trained candidate to a number in the objective's own direction.
 
 A measure that can not be taken raises MeasurementFailed: the candidate has failed then, with that reason.
 """
