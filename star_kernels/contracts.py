@@ -132,6 +132,8 @@ class Contract:
             raise ValueError(
                 f"{self.function}: {name} packs sequences into a batch of 1; {self.first} has batch {batch}"
             )
+        if cu_seqlens.shape[0] == 1 and length > 0:
+            raise ValueError(f"{self.function}: {name} has no sequence; it must rise from 0 to L = {length}")
         self.bind("S", cu_seqlens.shape[0] - 1, name)
         if cu_seqlens.device.type == "cpu" and holds_values(cu_seqlens):
             offsets = cu_seqlens.tolist()

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from star_kernels.compiled import like
 from star_kernels.convolution import triton_long as triton_long
-from star_kernels.launch import INTERPRETED, Configuration, Kernel, Operator, cdiv, rows
+from star_kernels.launch import INTERPRETED, Configuration, Kernel, Operator, cdiv, rising, rows
 
 MOST_UNROLLED = 4
 """With more taps than this the loops over taps stay loops: compiled code would grow without bound."""
@@ -378,11 +378,12 @@ def _power_of_two(size: int) -> int:
 
 
 def _owner(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
-    """Each packed token's sequence, (L,) int32."""
+    """Each packed token's sequence, (L,) int32; of tokens behind all, the last one."""
     if cu_seqlens is None:
         return None
     place = torch.arange(length, device=cu_seqlens.device, dtype=torch.int32)
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), place, right=True, out_int32=True)
+    owner = torch.searchsorted(cu_seqlens[1:].contiguous(), place, right=True, out_int32=True)
+    return owner.clamp(max=max(cu_seqlens.shape[0] - 2, 0))
 
 
 def _span(tokens: int, width: int) -> int:
@@ -410,6 +411,7 @@ def _convolve(
     initial_state: Tensor | None, cu_seqlens: Tensor | None, return_final_state: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, length, width = x.shape
+    cu_seqlens = None if cu_seqlens is None else rising(cu_seqlens, length)
     taps, sequences = weight.shape[1], batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, b, c = rows(x), None if b is None else rows(b), None if c is None else rows(c)
@@ -443,6 +445,7 @@ def _convolve_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of b, c, x, weight, bias and the state; those of absent tensors are empty."""
     batch, length, width = x.shape
+    cu_seqlens = None if cu_seqlens is None else rising(cu_seqlens, length)
     taps, sequences = weight.shape[1], batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     db, dc = (x.new_empty(0) if b is None else torch.empty_like(dx) for _ in range(2))

@@ -5,7 +5,7 @@ Imported only where a Triton kernel is asked for, so that ``import star_kernels`
 
 from star_kernels.launch.kernel import Configuration, Kernel, Launch, kernels, recording
 from star_kernels.launch.operator import Operator
-from star_kernels.launch.support import INTERPRETED, cdiv, chunks_of, matrix, operand_type, rows
+from star_kernels.launch.support import INTERPRETED, cdiv, chunks_of, matrix, operand_type, rising, rows
 
 __all__ = [
     "INTERPRETED",
@@ -19,5 +19,6 @@ __all__ = [
     "matrix",
     "operand_type",
     "recording",
+    "rising",
     "rows",
 ]

@@ -40,12 +40,21 @@ def rows(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
+def rising(cu_seqlens: Tensor, length: int) -> Tensor:
+    """The offsets as kernels read them: contiguous, none less than the one before, within 0 and ``length``.
+
+    Offsets on a GPU are not checked, as that would wait for it. Whatever they hold, kernels that are given
+    these read and write nothing outside their tensors.
+    """
+    return cu_seqlens.clamp(0, length).cummax(0).values
+
+
 def chunks_of(cu_seqlens: Tensor, total: int, chunk: int) -> tuple[Tensor, Tensor]:
     """Where every chunk of packed sequences lies, computed on the device without waiting for it.
 
     Args:
-        cu_seqlens: (S+1,) int32 offsets.
-        total: the packed length; cu_seqlens ends there.
+        cu_seqlens: (S+1,) int32 offsets, as `rising` gives them.
+        total: the packed length.
         chunk: tokens a chunk; a sequence's last chunk may be shorter, an empty sequence has none.
 
     Returns:

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from star_kernels.launch import INTERPRETED, Configuration, Kernel, cdiv, chunks_of
+from star_kernels.launch import INTERPRETED, Configuration, Kernel, cdiv, chunks_of, rising
 
 FILLED = 192
 """Programs from which on a walk over whole sequences keeps a data-centre GPU busy."""
@@ -155,6 +155,7 @@ def cut(x: Tensor, cu_seqlens: Tensor | None, blocks: int, *, chunk: int | None 
     """Cuts x (B, L, ...) into pieces, by sizes alone: as many as a kernel with ``blocks`` programs a piece
     needs, or of ``chunk`` tokens."""
     batch, length = x.shape[0], x.shape[1]
+    cu_seqlens = None if cu_seqlens is None else rising(cu_seqlens, length)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     programs = sequences * blocks
     whole = chunk is None and (programs == 0 or programs >= FILLED or length <= 2 * SHORTEST)

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from star_kernels.launch import INTERPRETED, Configuration, Kernel, cdiv, chunks_of, rows
+from star_kernels.launch import INTERPRETED, Configuration, Kernel, cdiv, chunks_of, rising, rows
 
 WIDEST_KEY = 256
 """Key dimensions that fit a program; calls with more go to the reference."""
@@ -259,6 +259,7 @@ def cut(v: Tensor, cu_seqlens: Tensor | None, size: int) -> Chunks:
     starts: Tensor | None = None
     sequences, total = batch, batch * cdiv(length, size)
     if cu_seqlens is not None:
+        cu_seqlens = rising(cu_seqlens, length)
         sequences = cu_seqlens.shape[0] - 1
         if sequences == 0 or length == 0:
             sequence_of = first_of = cu_seqlens.new_zeros(0)

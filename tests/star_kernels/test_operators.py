@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import star_kernels
-from star_kernels import dispatch
+from star_kernels import contracts, dispatch
 from tests.star_kernels.cases import Case, Maker, all_cases
 
 CASES = list(all_cases())
@@ -179,6 +179,50 @@ def test_strides_do_not_matter(
     viewed = run(case.operator, cast(case, torch.float32, layout, device), backend)
     for name in plain:
         assert error(viewed[name], plain[name].double()) < 1e-6, name
+
+
+PACKED = [case for case in CASES if "cu_seqlens" in case.make(Maker())]
+FIRST_PACKED = {case.operator: case for case in sorted(reversed(PACKED), key=lambda case: case.interpreted)}
+PACKED_ROWS = [
+    pytest.param(case, backend, device, marks=marks, id=label(case.operator, backend, device))
+    for case in FIRST_PACKED.values()
+    for backend, device, marks in places(case)
+]
+
+
+def with_offsets(case: Case, device: str, values: Tensor) -> dict[str, Any]:
+    return cast(case, torch.float32, device=device) | {"cu_seqlens": values.to(device)}
+
+
+@pytest.mark.parametrize(("case", "backend", "device"), PACKED_ROWS)
+def test_strides_of_offsets_do_not_matter(case: Case, backend: str, device: str) -> None:
+    offsets = case.make(Maker())["cu_seqlens"]
+    column = torch.stack([offsets, torch.zeros_like(offsets)], dim=1).to(device)[:, 0]
+    plain = run(case.operator, with_offsets(case, device, offsets), backend)
+    viewed = run(case.operator, with_offsets(case, device, offsets) | {"cu_seqlens": column}, backend)
+    for name in plain:
+        assert torch.equal(viewed[name], plain[name]), name
+
+
+@pytest.mark.parametrize(
+    ("case", "backend", "device"), [row for row in PACKED_ROWS if "triton" in row.values]
+)
+def test_triton_keeps_unchecked_offsets_within_the_tensors(
+    case: Case, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the values of offsets are not looked at: what falls or leaves the tensor is brought back."""
+    monkeypatch.setattr(contracts, "holds_values", lambda tensor: False)
+    drawn = case.make(Maker())["cu_seqlens"]
+    length, sequences = int(drawn[-1]), drawn.shape[0] - 1
+    middle = length // 2
+    wild, kept = torch.full((2, sequences + 1), middle, dtype=torch.int32)
+    wild[0], kept[0] = -7, 0
+    wild[2:-1:2] = -(2**30)
+    wild[-1], kept[-1] = 2**30, length
+    wanted = run(case.operator, with_offsets(case, device, kept), backend)
+    got = run(case.operator, with_offsets(case, device, wild), backend)
+    for name in wanted:
+        assert torch.equal(got[name], wanted[name]), name
 
 
 FIRST_CASES = list({case.operator: case for case in reversed(CASES)}.values())
