@@ -96,7 +96,8 @@ def _differentiate(
     target = tl.load(targets + row, known, other=0).to(tl.int64)
     weight = tl.where(target != ignore_index, scale, 0.0)
     # The logits are those that the normaliser came from, so only rounding can lift one above it.
-    probability = tl.exp(tl.minimum(value - base, 0.0))
+    above = value - base
+    probability = tl.exp(tl.where(above > 0.0, 0.0, above))  # NaN stays; on a GPU, tl.minimum would drop it
     onehot = (target - first_class == column).to(tl.float32)
     tl.store(gradient + row * columns + column, (probability - onehot) * weight, inside)
 

@@ -28,7 +28,7 @@ def _activation(x, ACTIVATION: tl.constexpr):
         return gate, gate * (1.0 - gate)
     elif ACTIVATION == "relu":
         positive = (x > 0).to(tl.float32)
-        return tl.maximum(x, 0.0), positive
+        return tl.where(x < 0.0, 0.0, x), positive  # NaN stays; on a GPU, tl.maximum would drop it
     elif ACTIVATION == "gelu":
         cumulative = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         return x * cumulative, cumulative + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)

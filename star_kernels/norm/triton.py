@@ -121,7 +121,7 @@ def _backward(
         gradient = tl.load(dy + row * dy_stride + column, inside, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(value * value, 1) / width + eps)[:, None]
         normed = value * scale
-        dweight += gradient * normed
+        dweight += tl.where(inside, gradient * normed, 0.0)  # rows of zeros are no numbers where eps is 0
         weighted = gradient * factor
         along = tl.sum(weighted * normed, 1)[:, None] / width
         result = (weighted - normed * along) * scale
@@ -180,7 +180,7 @@ def _rope_kernel(
     batch = (tl.program_id(0) // chunks).to(tl.int64)
     first = (tl.program_id(0) % chunks).to(tl.int64) * TOKENS
     token = tl.arange(0, TOKENS)[:, None, None]
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[None, :, None]
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)[None, :, None]).to(tl.int64)
     lane = tl.arange(0, HALF)[None, None, :]
     known = (first + token < length) & (lane < half)
     inside = known & (head < heads)

@@ -1,4 +1,5 @@
-"""On a GPU: the head widths that models have, in every configuration that tables and tuning may choose.
+"""On a GPU: the head widths that models have, in every configuration that tables and tuning may choose; and
+what Triton's interpreter computes otherwise than a GPU.
 
 The rows of the operator tests are small, and get what ships for small heads: no tensor descriptors among it.
 """
@@ -8,9 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
+import star_kernels
 from star_kernels.launch import kernels
 from tests.star_kernels.cases import Maker, offsets
 from tests.star_kernels.cases.attention import differential, full
@@ -83,3 +86,37 @@ def test_what_ships_for_wide_matrix_states(operator: str, width: int, packed: bo
         drawn["beta"] = draw.uniform(*shape)
     others = {"cu_seqlens": offsets(0, 111, 300).cuda()} if packed else {}
     assert_agrees(operator, arguments_of(lambda _: drawn, **others))
+
+
+def test_a_row_that_is_no_number_has_no_finite_loss_gradient() -> None:
+    """A GPU's minimum of NaN and 0 is 0, and the interpreter's NaN: nobody would see a row overflow."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 32, generator=generator)
+    x[1, 5] = torch.inf
+    x = x.cuda().requires_grad_()
+    weight = torch.randn(50, 32, generator=generator).cuda()
+    target = torch.tensor([4, 7, 49]).cuda()
+    loss = star_kernels.linear_cross_entropy(x, weight, target, backend="triton")
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert not loss.isfinite()
+    assert not gradient[1].isfinite().any()
+    assert gradient[[0, 2]].isfinite().all()
+
+
+def test_a_gate_that_is_no_number_stays_none() -> None:
+    gate = torch.tensor([[torch.nan, -1.0, 2.0]]).cuda()
+    y = star_kernels.glu(gate, torch.ones_like(gate), activation="relu", backend="triton").cpu()
+    torch.testing.assert_close(y, torch.tensor([[torch.nan, 0.0, 2.0]]), equal_nan=True)
+
+
+def test_heads_that_lie_further_apart_than_32_bits_count() -> None:
+    """rope of the view that a (B, H, L, Dh) tensor gives; 4.5 GB."""
+    length, heads, width = 550_000, 32, 128
+    if torch.cuda.mem_get_info()[0] < 12 * length * heads * width:
+        pytest.skip("needs 28 GB of free GPU memory")
+    x = torch.empty(1, heads, length, width, dtype=torch.bfloat16, device="cuda").normal_().transpose(1, 2)
+    angle = torch.rand(length, width // 2, device="cuda")
+    y = star_kernels.rope(x, angle.cos(), angle.sin(), backend="triton")
+    last = x[:, -3:, -1:].contiguous()
+    wanted = star_kernels.rope(last, angle[-3:].cos(), angle[-3:].sin(), backend="reference")
+    torch.testing.assert_close(y[:, -3:, -1:], wanted, rtol=2e-2, atol=2e-2)

@@ -36,6 +36,7 @@ CASES = [
     Case("rms_norm", "one-dimension", normed(70, residual=True), float32=FLOAT32),
     Case("rms_norm", "width-one", normed(5, 1, eps=0.5), float32=FLOAT32),
     Case("rms_norm", "large-eps", normed(4, 24, eps=0.7, residual=True), float32=FLOAT32),
+    Case("rms_norm", "no-eps", normed(3, 64, eps=0.0), float32=FLOAT32),
     Case("rms_norm", "many-rows", normed(3, 401, 20), float32=FLOAT32),
     Case("rms_norm", "wide", normed(3, 1500, residual=True), float32=FLOAT32),
     Case("rms_norm", "wider-than-registers", normed(3, 9000, residual=True), float32=FLOAT32),
