@@ -52,6 +52,16 @@ LONG = [  # heads, key heads, key width, value width, capacity, lengths, window
 ]
 """Long enough for a GPU to split a sequence's cache over blocks, for every form of its kernels."""
 
+ON_A_GPU = [
+    *LONG,
+    (24, 24, 64, 64, 300, (300,) * 64, None),
+    (1, 1, 64, 64, 16384, (16384,), None),
+    (4, 1, 128, 128, 16384, (16300,), 9000),
+    (8, 1, 128, 128, 16384, (16384,), None),
+    (2, 1, 33, 600, 16384, (16001,), None),
+]
+"""Those, heads enough for whole caches, and more parts of a cache than a warp has lanes to join them with."""
+
 
 def long_caches(
     dtype: torch.dtype,
@@ -97,7 +107,7 @@ def test_long_caches(situation: Any, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", dispatch.KERNEL_DTYPES)
-@pytest.mark.parametrize("situation", [*LONG, (24, 24, 64, 64, 300, (300,) * 64, None)])
+@pytest.mark.parametrize("situation", ON_A_GPU)
 def test_on_a_gpu_in_a_graph(situation: Any, dtype: torch.dtype) -> None:
     """A captured step is replayed with other queries, caches and lengths than it was captured with."""
     tensors, window = long_caches(dtype, *situation)

@@ -230,7 +230,7 @@ def test_the_long_step_itself_refuses(wrong: dict[int, torch.Tensor | int], word
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", dispatch.KERNEL_DTYPES)
-@pytest.mark.parametrize("situation", [*LONG, (64, 768, 512, 512, 500)])
+@pytest.mark.parametrize("situation", [*LONG, (64, 768, 512, 512, 500), (1, 40, 6000, 5000, 5400)])
 def test_long_steps_on_a_gpu_in_a_graph(
     situation: tuple[int, int, int, int, int], dtype: torch.dtype
 ) -> None:
