@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from star import training_directory, weights
+from star import cost, training_directory, weights
 from star.config import ModelConfig
 from star.data.tokenization import Tokenizer, open_tokenizer
 from star.export import directory as exported
@@ -164,6 +164,7 @@ def _of_training(directory: Path) -> Trained:
 
 def _of_export(directory: Path) -> Trained:
     genome, config, dtype = exported.read_config(directory)
+    _require_weights_of(genome, config, directory)
     model = build_model(genome, config, seed=0, dtype=dtype)
     exported.load_weights(model, directory)
     path = directory / exported.TOKENIZER
@@ -174,6 +175,17 @@ def _of_export(directory: Path) -> Trained:
             _require_vocabulary(tokenizer, config, directory)
     facts = Facts(f"Exported before, from {directory.name}; its own card says more.")
     return Trained(str(directory), model.eval(), tokenizer, facts)
+
+
+def _require_weights_of(genome: Genome, config: ModelConfig, directory: Path) -> None:
+    """Refuses sizes that the files can not hold the weights of, before any are made room for."""
+    least = 2 * cost.parameters(genome, config)  # no dtype of weights has fewer bytes
+    found = sum(path.stat().st_size for path in exported.weight_files(directory))
+    if 0 < found < least:
+        raise ValueError(
+            f"{directory}: its {exported.CONFIG} is of a model of at least {least:,} bytes, and its weights "
+            f"have {found:,}"
+        )
 
 
 def _require_vocabulary(tokenizer: Tokenizer, config: ModelConfig, directory: Path) -> Tokenizer:

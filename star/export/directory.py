@@ -39,6 +39,7 @@ __all__ = [
     "publish",
     "read_config",
     "read_model_type",
+    "weight_files",
 ]
 
 MODEL_TYPE = "star"
@@ -125,7 +126,7 @@ def load_weights(model: StarModel, directory: Path) -> None:
     Raises:
         ValueError: no sound safetensors file, or tensors that are not exactly the model's.
     """
-    paths = sorted(directory.glob("model*.safetensors"))
+    paths = weight_files(directory)
     if not paths:
         pickles = sorted(path.name for path in directory.glob("*.bin"))
         instead = f" ({pickles[0]} is a pickle, which may run anything, and is not read)" if pickles else ""
@@ -135,6 +136,12 @@ def load_weights(model: StarModel, directory: Path) -> None:
         tensors |= weights.read_plain(path)
     where = f"weights {str(directory / WEIGHTS)!r}"
     weights.copy_tensors(tensors, named_tensors(model), where)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold an export's weights, by transformers' names: one, or else numbered ones."""
+    whole = directory / WEIGHTS
+    return [whole] if whole.is_file() else sorted(directory.glob("model-*-of-*.safetensors"))
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
@@ -188,7 +195,7 @@ def publish(directory: Path, write: Callable[[Path], None], *, replace: bool = F
             os.rename(directory, before)
             try:
                 os.rename(folder, directory)
-            except OSError:
+            except BaseException:  # an interruption, too
                 os.rename(before, directory)
                 raise
             shutil.rmtree(before)

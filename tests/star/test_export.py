@@ -26,6 +26,7 @@ from star.data import open_corpus
 from star.data.tokenization import ByteTokenizer
 from star.search.directory import RunDirectory
 from star.search.settings import DataSettings
+from star.trained import open_trained
 
 GENOME = "13211-13211-72212-72212-51111-91111"
 BPE = {
@@ -299,6 +300,17 @@ class TestDirectory:
         path.write_text(json.dumps(value))
         line = refused("generate", exported, "a")
         assert any(part in line for part in says.split("|"))
+
+    def test_sizes_beyond_the_weights_take_no_memory(self, exported: Path) -> None:
+        path = exported / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "width": 1 << 20}))
+        assert "is of a model of at least" in refused("generate", exported, "a")
+
+    def test_a_copy_of_the_weights_is_not_read(self, exported: Path) -> None:
+        before = open_trained(exported, None, print).model.state_dict()
+        (exported / "model_backup.safetensors").write_bytes(b"anything")
+        after = open_trained(exported, None, print).model.state_dict()
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
     def test_damaged_files(self, exported: Path, tmp_path: Path) -> None:
         path = exported / "model.safetensors"
