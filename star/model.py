@@ -109,6 +109,8 @@ class StarModel(nn.Module):
         if cache is not None and cache.ragged and ids.shape[1] > 1:
             # Rows of different lengths go on side by side only token by token.
             return torch.cat([self.hidden(token, cache) for token in ids.split(1, dim=1)], dim=1)
+        if getattr(self, "_is_replica", False):
+            self._lend_again()
         stream = self.embedding(ids)
         lent: dict[int, dict[str, Tensor]] = {}
         y = self.norms[0](stream)
@@ -126,6 +128,12 @@ class StarModel(nn.Module):
         if cache is not None and cache.lengths is not None:
             cache.lengths.add_(ids.shape[1])
         return cast(Tensor, y)
+
+    def _lend_again(self) -> None:
+        """`nn.DataParallel` copies layers one by one: each still borrows from a layer on the first device."""
+        for plan, layer in zip(self.plans, self.layers, strict=True):
+            if plan.featurizer_owner != plan.index:
+                layer.__dict__["_lender"] = self.layers[plan.featurizer_owner]
 
     def allocate_cache(
         self,

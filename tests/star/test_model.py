@@ -136,6 +136,23 @@ def test_a_shared_featurizer_is_one_module_on_two_inputs() -> None:
     assert not torch.equal(seen[0], seen[1])
 
 
+def test_copies_of_data_parallel_borrow_from_their_own_layers() -> None:
+    """As `torch.nn.parallel.replicate` copies a model to a second GPU: module by module."""
+    model = build_model(Genome.parse("21211-91111-21221"), CONFIG, seed=0)
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, copied in copies.items():
+        for name, child in module.named_children():
+            copied._modules[name] = copies[child]
+            setattr(copied, name, copies[child])
+        for name, weight in module._parameters.items():
+            setattr(copied, name, None if weight is None else weight.detach().clone())
+    replica = copies[model]
+    ids = torch.arange(6)[None]
+    assert torch.equal(replica(ids), model(ids))
+    assert replica.layers[2].featurizer is replica.layers[0]
+    assert model.layers[2].featurizer is model.layers[0]
+
+
 def test_shared_features_are_the_very_tensors() -> None:
     model = build_model(Genome.parse("11114-11114-21114"), CONFIG, seed=0)
     features: list[dict[str, Tensor]] = []
