@@ -190,11 +190,12 @@ class ModelCache:
         self.ragged = False
 
     def reorder(self, rows: Tensor) -> None:
-        """Row b becomes a copy of row ``rows[b]``, in place (beam search). ``rows`` is (B,) int64."""
+        """Row b becomes a copy of row ``rows[b]``, in place (beam search). ``rows`` is (B,) int64, of any
+        device."""
         for tensor in self.tensors():
-            tensor.copy_(tensor.index_select(0, rows))
+            tensor.copy_(tensor.index_select(0, rows.to(tensor.device)))
         if self.lengths is not None:
-            self.lengths.copy_(self.lengths.index_select(0, rows))
+            self.lengths.copy_(self.lengths.index_select(0, rows.to(self.lengths.device)))
 
     def track(self, lengths: Tensor, *, longest: int, ragged: bool) -> None:
         """From now on a single token goes behind each row's own last one, whose place is on the device.

@@ -157,7 +157,8 @@ class StarForCausalLM(PreTrainedModel, GenerationMixin):
         if items is None:
             return mean
         count = (targets != _IGNORED).sum()
-        return mean * count / torch.as_tensor(items, device=mean.device)
+        total = torch.where(count > 0, mean * count, torch.zeros_like(mean))  # the mean of none is NaN
+        return total / torch.as_tensor(items, device=mean.device)
 
     # ---- generation ------------------------------------------------------------------------------------
 
@@ -192,9 +193,9 @@ class StarForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids = input_ids[:, input_ids.shape[1] - next_sequence_length :]
         inputs = {name: kwargs[name] for name in ("use_cache", "logits_to_keep") if name in kwargs}
         return inputs | {
-            "input_ids": input_ids,
+            "input_ids": input_ids.to(self.device),  # as transformers does: prompts may be on the CPU
             "past_key_values": past_key_values,
-            "attention_mask": attention_mask,
+            "attention_mask": None if attention_mask is None else attention_mask.to(self.device),
         }
 
     def _prepare_cache_for_generation(  # type: ignore[override]
@@ -212,6 +213,11 @@ class StarForCausalLM(PreTrainedModel, GenerationMixin):
                 "a StarForCausalLM takes none, since it has its own cache"
             )
         given = model_kwargs.get("past_key_values")
+        if isinstance(given, StarCache) and generation_config.use_cache is False:
+            # transformers would give the cache all tokens again with every new one.
+            raise ValueError(
+                "generate: use_cache is False beside a cache or cuda_graph; it takes one of them"
+            )
         if given is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = StarCache(max_cache_length)
         elif isinstance(given, StarCache) and given.memory is None:

@@ -171,6 +171,9 @@ class TestCache:
             model(ids[:2], past_key_values=cache)
         with pytest.raises(ValueError, match="can not forget 2 tokens"):
             cache.crop(2)
+        off = transformers.GenerationConfig(use_cache=False, max_new_tokens=2)
+        with pytest.raises(ValueError, match="use_cache is False beside a cache"):
+            generated(model, ids, generation_config=off, past_key_values=StarCache())
         with pytest.raises(ValueError, match="takes a StarCache"):
             model(ids, past_key_values=transformers.DynamicCache())
         with pytest.raises(ValueError, match="cache_implementation is 'static'"):
@@ -189,6 +192,14 @@ def test_the_wrapper_draws_the_weights_of_build_model() -> None:
 
 
 class TestTraining:
+    def test_a_batch_without_labels_adds_nothing_to_a_sum(self) -> None:
+        model = model_of("71111")
+        ids, _ = padded()
+        loss = model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=5).loss
+        loss.backward()
+        assert loss.item() == 0.0
+        assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+
     def test_the_loss_is_the_next_tokens(self) -> None:
         model = model_of("71111-91111")
         ids, mask = padded()
