@@ -39,6 +39,7 @@ class LivLayer(nn.Module):
 
     Attributes:
         groups: names of the feature groups, in the order in which they are made.
+        own_groups: those that no other layer's features can stand for.
         values: the group that T is applied to.
         output_name: the submodule that is the output projection.
         decodes_by_row: whether single tokens go to each row's own place where :attr:`LayerCache.lengths` is
@@ -46,6 +47,7 @@ class LivLayer(nn.Module):
     """
 
     groups: tuple[str, ...] = ()
+    own_groups: tuple[str, ...] = ()
     values: str = "value"
     output_name: str = "out_proj"
     decodes_by_row: bool = False
@@ -121,10 +123,15 @@ class LivLayer(nn.Module):
             require_cache(type(self).__name__, cache, x)
         if not given:
             return self.featurizer.make_features(x, self.groups, cache)
+        if own := [name for name in self.own_groups if name in given]:
+            known = ", ".join(name for name in self.groups if name not in self.own_groups)
+            raise ValueError(
+                f"{type(self).__name__}: given has {own[0]!r}, always its own; it takes groups out of {known}"
+            )
         names = tuple(name for name in self.groups if name not in given)
         if len(names) + len(given) != len(self.groups):
             strange = next(name for name in given if name not in self.groups)
-            known = ", ".join(self.groups)
+            known = ", ".join(name for name in self.groups if name not in self.own_groups)
             raise ValueError(f"{type(self).__name__}: given has {strange!r}; it takes groups out of {known}")
         made = self.featurizer.make_features(x, names, cache) if names else {}
         return {**made, **given}

@@ -90,6 +90,12 @@ def _mamba(module: Any) -> Found:
 
 def _mamba2(module: Any) -> Found:
     _require_silu(module, module.activation)
+    inner, apart = module.intermediate_size, module.intermediate_size // module.n_groups
+    if getattr(module.norm, "group_size", inner) != apart:  # which norms before transformers 5.23 have not
+        raise ValueError(
+            f"Mamba2Mixer: its norm takes all {inner} channels together; Mamba2 takes mixers that norm each "
+            f"of their {module.n_groups} groups apart"
+        )
     low, high = module.time_step_limit
     arguments = {
         "dim": module.hidden_size,

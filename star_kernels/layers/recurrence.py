@@ -59,6 +59,7 @@ class SelectiveSSM(LivLayer):
     """
 
     groups = GROUPS
+    own_groups = ("value", "delta")
     halves = 1
 
     def __init__(

@@ -231,6 +231,17 @@ def test_state_dicts_are_interchangeable(name: str) -> None:
     assert all(torch.equal(ours[key], others[key]) for key in ours)
 
 
+def test_a_norm_over_all_groups_is_another_layer() -> None:
+    """Mixers before transformers 5.23 norm all channels together, whatever their groups."""
+    module, _ = SOURCES["mamba2_groups"].make()
+    del module.norm.group_size
+    with pytest.raises(ValueError, match="channels together; Mamba2 takes mixers that norm"):
+        layers.Mamba2.from_module(module)
+    of_one_group, _ = SOURCES["mamba2"].make()
+    del of_one_group.norm.group_size
+    assert layers.Mamba2.from_module(of_one_group).n_groups == 1
+
+
 def test_a_gated_unit_of_llama() -> None:
     config = transformers.LlamaConfig(hidden_size=DIM, intermediate_size=48)
     module = modeling("llama").LlamaMLP(config)
