@@ -15,6 +15,7 @@ from torch import Tensor
 
 import star_kernels
 from star_kernels import dispatch
+from star_kernels.contracts import under_fake_tensors
 
 __all__ = ["answers", "constant", "covers", "form", "recorded"]
 
@@ -73,7 +74,7 @@ def constant(value: float, width: int, device: torch.device) -> Tensor:
     """A float32 vector of one number, kept, since decoding asks for few of them and often."""
     # What a capture allocates belongs to its graph, and holds nothing before the graph runs.
     captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if captured or torch.compiler.is_compiling():
+    if captured or torch.compiler.is_compiling() or under_fake_tensors():
         return torch.full((width,), value, dtype=torch.float32, device=device)
     return _kept(value, width, device)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from star_kernels.contracts import under_fake_tensors
+
 _SHORTEST = 64
 _tables: dict[tuple[Rotary, int, torch.device], tuple[Tensor, Tensor]] = {}
 
@@ -62,9 +64,7 @@ def rotary_tables(
 
 def _may_keep(device: torch.device) -> bool:
     """Not tensors of a trace, nor without values: they would be handed to later calls."""
-    if device.type == "meta" or torch.compiler.is_compiling():
-        return False
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
+    return not (device.type == "meta" or torch.compiler.is_compiling() or under_fake_tensors())
 
 
 @torch.no_grad()
