@@ -1,4 +1,4 @@
-"""The functions that measure objectives, from a trained candidate to a number in the objective's own direction.
+"""The functions that measure objectives, from a trained candidate to a number in the objective's direction.
 
 A measure that can not be taken raises MeasurementFailed: the candidate has failed then, with that reason.
 """
