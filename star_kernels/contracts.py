@@ -108,6 +108,15 @@ class Contract:
             self._is_tensor(name, value, "a tensor or None")
             self._of(name, value, shape, FLOATING)
 
+    def written(self, name: str, value: Tensor) -> None:
+        """A tensor that the call changes in place: no two of its elements may be one number in memory."""
+        shared = [dim for dim in range(value.dim()) if value.shape[dim] > 1 and value.stride(dim) == 0]
+        if shared and value.numel():
+            raise ValueError(
+                f"{self.function}: {name} is expanded along dimension {shared[0]}; it is changed in place, "
+                "and takes memory of its own for every element"
+            )
+
     def integers(self, name: str, value: Tensor, shape: str, dtypes: tuple[torch.dtype, ...]) -> None:
         """An index tensor of one of these integer dtypes, on the call's device."""
         self._is_tensor(name, value, "a tensor")
@@ -245,6 +254,11 @@ class Contract:
         ]
         takes = _shape_text(shape) + (f" with {', '.join(known)}" if known else "")
         raise ValueError(f"{self.function}: {name} has shape {tuple(value.shape)}; it takes {takes}")
+
+
+def under_fake_tensors() -> bool:
+    """Whether tensors that are made now have no values (FakeTensorMode): such must not be kept."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def holds_values(tensor: Tensor) -> bool:

@@ -261,7 +261,7 @@ def compiled_step(function: Step) -> Step:
                     return on_cpu(*arguments, **options)
                 if on_cuda is not None and first.is_cuda:
                     return on_cuda(*arguments, **options)
-            except (RuntimeError, TypeError, AttributeError, IndexError):
+            except (RuntimeError, TypeError, AttributeError, IndexError, ZeroDivisionError):
                 pass
         return function(*arguments, **options)
 

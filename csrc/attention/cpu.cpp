@@ -43,7 +43,8 @@ struct Prepared {
     call.keys = k.size(1);
     call.kv_heads = k.size(2);
     call.value_width = v.size(3);
-    call.window = window;
+    // A window as long as the sequence hides nothing, and sums with a longer one could overflow.
+    call.window = window < (call.queries > call.keys ? call.queries : call.keys) ? window : 0;
     call.scale = static_cast<float>(scale);
     call.softcap = static_cast<float>(softcap);
     STD_TORCH_CHECK(call.kv_heads > 0 && call.heads % call.kv_heads == 0, "H must be a multiple of Hkv");

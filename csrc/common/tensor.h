@@ -43,6 +43,13 @@ inline int32_t device_type_here() { return aoti_torch_device_type_cpu(); }
 inline int32_t device_index_of(const Tensor&) { return 0; }
 #endif
 
+// A tensor that an operator writes into: no two of its elements are one number in memory.
+inline void check_written(const Tensor& tensor, const char* name) {
+  if (tensor.numel() == 0) return;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim)
+    STD_TORCH_CHECK(tensor.size(dim) <= 1 || tensor.stride(dim) != 0, name, "'s elements must not share memory");
+}
+
 // A tensor with these sizes (-1: any), on this file's device.
 inline void check_sizes(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
   STD_TORCH_CHECK(is_here(tensor), name, must_be_here);

@@ -191,7 +191,7 @@ Tensor step(const OptionalTensor& b, const OptionalTensor& c, const Tensor& x, c
   check_sizes(state, "state", {batch, taps - 1, width});
   check_dtype(state, "state", x.scalar_type());
   STD_TORCH_CHECK(taps >= 1, "weight must have at least one tap");
-  STD_TORCH_CHECK(width <= 1 || taps < 2 || state.stride(2) != 0, "state's channels must not share memory");
+  check_written(state, "state");
   ShortConvStep call;
   call.dtype = dtype_of(x, "x");
   call.gated = b.has_value();

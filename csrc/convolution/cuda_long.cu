@@ -290,6 +290,7 @@ Tensor step(const OptionalTensor& b, const OptionalTensor& c, const Tensor& x, c
   check_dtype(history, "history", x.scalar_type());
   arguments.check(kernel, "kernel", {width, -1});
   STD_TORCH_CHECK(width <= 1 || history.stride(2) == 1, "history's last dimension must be contiguous");
+  check_written(history, "history");
   LongStepCall call{batch, width, history.size(1), kernel.size(1)};
   call.position = position.number;
   if (position.tensor) {

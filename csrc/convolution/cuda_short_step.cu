@@ -120,7 +120,7 @@ Tensor step(const OptionalTensor& b, const OptionalTensor& c, const Tensor& x, c
   STD_TORCH_CHECK(taps >= 1 && taps <= INT32_MAX, "weight must have at least one tap");
   arguments.check(state, "state", {batch, taps - 1, width});
   check_dtype(state, "state", x.scalar_type());
-  STD_TORCH_CHECK(width <= 1 || taps < 2 || state.stride(2) != 0, "state's channels must not share memory");
+  check_written(state, "state");
   ShortStepCall call{batch, width, static_cast<int>(taps), silu};
   call.x = arguments.rows(x, "x", {batch, width});
   call.b = arguments.rows(b, "b", {batch, width});

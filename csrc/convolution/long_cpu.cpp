@@ -60,7 +60,7 @@ struct Prepared {
       call.skip = keep_float(*skip);
     }
     call.size = 2;
-    while (call.size < call.length + call.kernel_length - 1) call.size *= 2;
+    while (call.size < call.length + (call.kernel_length > 0 ? call.kernel_length - 1 : 0)) call.size *= 2;
     call.roots = roots_of_unity(call.size);
   }
 
@@ -162,6 +162,7 @@ Tensor step(const OptionalTensor& b, const OptionalTensor& c, const Tensor& x, c
   check_dtype(history, "history", x.scalar_type());
   check_sizes(kernel, "kernel", {width, -1});
   STD_TORCH_CHECK(width <= 1 || history.stride(2) == 1, "history's last dimension must be contiguous");
+  check_written(history, "history");
   for (int64_t position : positions)
     STD_TORCH_CHECK(position >= 0 && position < history.size(1), "position is outside history");
   LongConvStep call;

@@ -71,6 +71,7 @@ inline void check_state(const Tensor& state, const char* name, std::initializer_
   const int64_t last = state.dim() - 1;
   STD_TORCH_CHECK(state.size(last) <= 1 || state.stride(last) == 1, name,
                   "'s last dimension must be contiguous");
+  check_written(state, name);
 }
 
 // A gradient that the caller may not have asked for: empty then.

@@ -60,7 +60,7 @@ def attention(
     call.tensor("v", v, "B Lk Hkv Dv")
     call.multiple("H", "Hkv")
     call.at_least("Dh", 1)
-    _check_visibility(call, causal, window, scale)
+    window = _check_visibility(call, causal, window, scale)
     call.optional_number("softcap", softcap, above=0.0)
     if cu_seqlens is not None:
         call.bind("L", q.shape[1], "q")
@@ -113,7 +113,7 @@ def diff_attention(
     call.at_least("Dh", 1)
     is_scalar = isinstance(lam, Tensor) and lam.dim() == 0
     call.parameter("lam", lam, "" if is_scalar else "H")
-    _check_visibility(call, causal, window, scale)
+    window = _check_visibility(call, causal, window, scale)
     return dispatch.choose("diff_attention", backend, q1)(
         q1, k1, q2, k2, v, lam, causal=causal, window=window, scale=scale
     )
@@ -175,10 +175,15 @@ def _check_decode(
     _check_window(call, window)
 
 
-def _check_visibility(call: Contract, causal: bool, window: int | None, scale: float | None) -> None:
+_LONGER_THAN_ANY_SEQUENCE = 2**40
+
+
+def _check_visibility(call: Contract, causal: bool, window: int | None, scale: float | None) -> int | None:
+    """The window, None where no sequence is as long: sums of positions and a longer one could overflow."""
     call.flag("causal", causal)
     _check_window(call, window)
     call.optional_number("scale", scale)
+    return None if window is None or window >= _LONGER_THAN_ANY_SEQUENCE else window
 
 
 def _check_window(call: Contract, window: int | None) -> None:

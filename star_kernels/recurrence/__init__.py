@@ -154,6 +154,7 @@ def _check_matrix_state(
     call.tensor("k", k, "B L Hk Dk")
     call.tensor("v", v, "B L H Dv")
     call.multiple("H", "Hk")
+    call.at_least("Dk", 1)
     if log_decay is not None:
         of_keys = isinstance(log_decay, Tensor) and log_decay.dim() == 4
         call.parameter("log_decay", log_decay, "B L H Dk" if of_keys else "B L H")

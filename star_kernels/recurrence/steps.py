@@ -34,6 +34,7 @@ def _own_state(call: Contract, name: str, value: Tensor, shape: str) -> None:
     takes = torch.float64 if call.dtype == torch.float64 else torch.float32
     if value.dtype != takes:
         raise TypeError(f"{call.function}: {name} has dtype {value.dtype}; it takes {takes}")
+    call.written(name, value)
 
 
 @dispatch.compiled_step
@@ -119,6 +120,7 @@ def _check_matrix_state(
     call.tensor("k", k, "B Hk Dk")
     call.tensor("v", v, "B H Dv")
     call.multiple("H", "Hk")
+    call.at_least("Dk", 1)
     if log_decay is not None:
         of_keys = isinstance(log_decay, Tensor) and log_decay.dim() == 3
         call.parameter("log_decay", log_decay, "B H Dk" if of_keys else "B H")

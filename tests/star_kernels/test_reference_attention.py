@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import star_kernels as sk
+from star_kernels import dispatch
 
 torch.set_num_threads(1)
 
@@ -100,6 +102,20 @@ def test_packed_sequences_do_not_see_each_other(arguments: dict) -> None:
     for start, end in itertools.pairwise(offsets):
         alone = sk.attention(q[:, start:end], k[:, start:end], v[:, start:end], **arguments)
         torch.testing.assert_close(packed[:, start:end], alone)
+
+
+@pytest.mark.parametrize("backend", dispatch.available("attention", torch.zeros(1)))
+@pytest.mark.parametrize("window", [2**40 - 1, 2**62, sys.maxsize])
+def test_windows_beyond_any_sequence_hide_nothing(backend: str, window: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 70, 2, 16, generator=generator)
+    for causal in (True, False):
+        whole = sk.attention(q, k, v, causal=causal, backend="reference")
+        y = sk.attention(q, k, v, causal=causal, window=window, backend=backend)
+        torch.testing.assert_close(y, whole)
+    if backend == "cpp":
+        y = torch.ops.star_kernels.attention(q, k, v, True, window, 0.25, 0.0, None)
+        torch.testing.assert_close(y, sk.attention(q, k, v, backend="reference"))
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

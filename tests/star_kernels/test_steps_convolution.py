@@ -296,8 +296,25 @@ def test_a_wrong_state_is_named() -> None:
         sk.long_conv_step(x, torch.zeros(2, 4, 8), weight, position=torch.tensor(1.0))
 
 
-def test_a_state_whose_channels_share_memory_is_refused() -> None:
+@pytest.mark.parametrize("shape", [(2, 2, 1), (2, 1, 4), (1, 2, 4)])
+def test_what_a_step_writes_into_shares_no_memory(shape: tuple[int, int, int]) -> None:
     x, weight = torch.randn(2, 4), torch.randn(4, 3)
-    state = torch.zeros(2, 2, 1).expand(2, 2, 4)
-    with pytest.raises(ValueError, match="state"):
+    state = torch.zeros(shape).expand(2, 2, 4)
+    with pytest.raises(ValueError, match="state is expanded along dimension"):
         sk.short_conv_step(x, state, weight)
+    with pytest.raises(ValueError, match="history is expanded along dimension"):
+        sk.long_conv_step(x, state, weight, position=0)
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="no compiled operators in this installation")
+def test_the_steps_themselves_write_into_nothing_shared() -> None:
+    x, weight, shared = torch.randn(2, 4), torch.randn(4, 3), torch.zeros(1, 2, 4).expand(2, 2, 4)
+    with pytest.raises(RuntimeError, match="state's elements must not share memory"):
+        torch.ops.star_kernels.short_conv_step(x, shared, weight, None, False)
+    with pytest.raises(RuntimeError, match="history's elements must not share memory"):
+        torch.ops.star_kernels.long_conv_step(x, shared, weight, None, 0)
+
+
+def test_an_unknown_activation_is_named() -> None:
+    with pytest.raises(ValueError, match="activation is 'swish'"):
+        sk.short_conv_step(torch.randn(2, 8), torch.zeros(2, 2, 8), torch.randn(8, 3), activation="swish")

@@ -185,7 +185,14 @@ def test_wrong_arguments_are_named() -> None:
         TypeError, match=r"linear_scan_step: state has dtype torch.bfloat16; it takes torch.float32"
     ):
         sk.linear_scan_step(x, x, torch.zeros(2, 8, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="linear_scan_step: state is expanded along dimension 0"):
+        sk.linear_scan_step(x, x, torch.zeros(1, 8).expand(2, 8))
     q, v = torch.randn(2, 2, 4), torch.randn(2, 2, 3)
+    narrow = torch.randn(2, 2, 0)
+    with pytest.raises(ValueError, match="gated_linear_attention_step: q has Dk = 0; it takes at least 1"):
+        sk.gated_linear_attention_step(narrow, narrow, v, None, torch.zeros(2, 2, 0, 3))
+    with pytest.raises(ValueError, match="gated_linear_attention: q has Dk = 0; it takes at least 1"):
+        sk.gated_linear_attention(narrow[None], narrow[None], v[None])
     with pytest.raises(TypeError, match="gated_linear_attention_step: scale is 'a'"):
         sk.gated_linear_attention_step(q, q, v, None, torch.zeros(2, 2, 4, 3), scale="a")
     with pytest.raises(TypeError, match="selective_scan_step: B is NoneType"):

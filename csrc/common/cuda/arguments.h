@@ -108,6 +108,7 @@ inline void check_device_state(const Tensor& state, const char* name, std::initi
   STD_TORCH_CHECK(is_float32(state), name, " must be float32");
   const int64_t last = state.dim() - 1;
   STD_TORCH_CHECK(state.size(last) <= 1 || state.stride(last) == 1, name, "'s last dimension must be contiguous");
+  check_written(state, name);
 }
 
 inline float* floats_in(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }

@@ -106,6 +106,7 @@ CASES = [
     Case("long_conv", "several-tiles", long(4, 130, 2, 200, gated=False, skip=True)),
     Case("long_conv", "one-token", long(2, 1, 5, 4, gated=False, skip=True)),
     Case("long_conv", "no-token", long(2, 0, 5, 4, gated=False, skip=True)),
+    *(Case("long_conv", f"no-kernel-{n}", long(2, n, 5, 0, gated=False, skip=True)) for n in (4, 5)),
     Case("gated_long_conv", "plain", long(2, 33, 7, 33, gated=True, skip=False)),
     Case("gated_long_conv", "skip", long(1, 130, 6, 64, gated=True, skip=True), interpreted=False),
     Case("gated_long_conv", "several-tiles", long(4, 130, 2, 45, gated=True, skip=True)),
