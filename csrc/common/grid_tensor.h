@@ -62,9 +62,10 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   return sizes;
 }
 
-// A tensor of the first one's shape and dtype, on the same kind of device.
+// A tensor of the first one's shape and dtype, on its device.
 inline void check_like(const Tensor& tensor, const char* name, const Tensor& first) {
   STD_TORCH_CHECK(is_here(tensor), name, must_be_here);
+  STD_TORCH_CHECK(device_index_of(tensor) == device_index_of(first), name, " is on another device");
   STD_TORCH_CHECK(tensor.scalar_type() == first.scalar_type(), name, " has a wrong dtype");
   bool fits = tensor.dim() == first.dim();
   for (int64_t dim = 0; fits && dim < first.dim(); ++dim) fits = tensor.size(dim) == first.size(dim);

@@ -30,7 +30,10 @@ inline void zero(const OnDevice&, void* data, size_t bytes) { std::memset(data, 
 
 #else
 
+// Raises, and takes the error out of the runtime, where the next launch would find it again and raise after its
+// kernel has run.
 inline void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 
@@ -58,7 +61,7 @@ class OnDevice {
     stream = current_stream(device);
   }
   ~OnDevice() {
-    if (before != device) cudaSetDevice(before);
+    if (before != device && cudaSetDevice(before) != cudaSuccess) cudaGetLastError();
   }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
