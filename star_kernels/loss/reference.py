@@ -24,6 +24,13 @@ the gradient of the logits; the logits are free to be overwritten."""
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
     """See :func:`star_kernels.linear_cross_entropy`."""
+    return fused_loss(x, weight, targets, ignore_index, rows_loss)
+
+
+def fused_loss(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, rows_loss: RowsLoss) -> Tensor:
+    """The loss over all chunks, and, only where autograd records, its gradients."""
+    if not torch.is_grad_enabled():  # a Function is told what requires a gradient, whatever the mode
+        x, weight = x.detach(), weight.detach()
     loss: Tensor = LinearCrossEntropy.apply(x, weight, targets, ignore_index, rows_loss)
     return loss
 
@@ -53,6 +60,11 @@ def _by_rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which a gradient waits for the loss's own: float16 would lose what loss scaling is there to save."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """The loss over all chunks; ``rows_loss`` is how a chunk's is taken."""
 
@@ -66,7 +78,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         count = (targets != ignore_index).sum()
         share = 1.0 / count.clamp(min=1).to(wide) if needs_x or needs_weight else None
         total = torch.zeros((), dtype=wide, device=x.device)
-        grad_x = torch.empty_like(x) if needs_x else None
+        grad_x = torch.empty_like(x, dtype=kept_dtype(x.dtype)) if needs_x else None
         grad_weight = torch.zeros_like(wide_weight) if needs_weight else None
         rows = rows_per_chunk(x.shape[0], x.shape[1], weight.shape[0])
         with without_autocast(x):
@@ -76,11 +88,11 @@ class LinearCrossEntropy(torch.autograd.Function):
                 loss, grad = rows_loss(wide_x @ wide_weight.T, targets[chunk], ignore_index, share)
                 total = total + loss
                 if grad_x is not None:
-                    grad_x[chunk] = (grad @ wide_weight).to(x.dtype)
+                    grad_x[chunk] = (grad @ wide_weight).to(grad_x.dtype)
                 if grad_weight is not None:
                     grad_weight.addmm_(grad.T, wide_x)
         if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
+            grad_weight = grad_weight.to(kept_dtype(weight.dtype))
         ctx.save_for_backward(x, weight, grad_x, grad_weight)
         return total / count
 
@@ -88,8 +100,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, grad_x, grad_weight = ctx.saved_tensors
         return (
-            None if grad_x is None else _Gradient.apply(grad_loss, grad_x, x, weight),
-            None if grad_weight is None else _Gradient.apply(grad_loss, grad_weight, x, weight),
+            None if grad_x is None else _Gradient.apply(grad_loss, grad_x, x.dtype, x, weight),
+            None if grad_weight is None else _Gradient.apply(grad_loss, grad_weight, weight.dtype, x, weight),
             None,
             None,
             None,
@@ -100,8 +112,10 @@ class _Gradient(torch.autograd.Function):
     """A gradient that was taken beforehand, scaled; it depends on x and weight in a way nobody recorded."""
 
     @staticmethod
-    def forward(ctx: Any, grad_loss: Tensor, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return (grad_loss * gradient).to(gradient.dtype)
+    def forward(
+        ctx: Any, grad_loss: Tensor, gradient: Tensor, dtype: torch.dtype, x: Tensor, weight: Tensor
+    ) -> Tensor:
+        return (grad_loss * gradient).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> None:

@@ -34,6 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from star_kernels.contracts import without_autocast
 from star_kernels.launch import INTERPRETED, Configuration, Kernel, Operator, cdiv, rows
+from star_kernels.loss.reference import kept_dtype
 
 ROWS_AT_ONCE = 64 if INTERPRETED else 8192
 """Rows of a piece, at most: enough to fill a GPU whatever the classes; few where tests should see several."""
@@ -266,7 +267,7 @@ def _gradients(
         if needs_weight:
             torch.mul(part, share / scale, out=part)
             dweight[columns] = part
-    return dx.mul_(share / scale).to(x.dtype) if needs_x else x.new_empty(0), dweight
+    return dx.mul_(share / scale).to(kept_dtype(x.dtype)) if needs_x else x.new_empty(0), dweight
 
 
 def _linear_cross_entropy(
@@ -282,7 +283,14 @@ def _linear_cross_entropy(
         if not (needs_x or needs_weight):
             return loss, x.new_empty(0), x.new_empty(0, dtype=weight.dtype)
         dx, dweight = _gradients(
-            pieces, targets, normaliser, ignore_index, share, needs_x, needs_weight, weight.dtype
+            pieces,
+            targets,
+            normaliser,
+            ignore_index,
+            share,
+            needs_x,
+            needs_weight,
+            kept_dtype(weight.dtype),
         )
     return loss, dx, dweight
 
@@ -330,7 +338,11 @@ def _autograd(ctx: Any, dloss: Tensor, *others: Tensor) -> tuple[Any, ...]:
         ctx.spent = True
         _scale_into(dx, dx, dloss)
         _scale_into(dweight, dweight, dloss)
-    return dx if ctx.needs_x else None, dweight if ctx.needs_weight else None, None, None, None, None
+    return (
+        dx.to(x.dtype) if ctx.needs_x else None,
+        dweight.to(weight.dtype) if ctx.needs_weight else None,
+        *(None,) * 4,
+    )
 
 
 SCALE = Operator(

@@ -55,6 +55,35 @@ def test_chunks_make_no_difference(rows: int, dtype: torch.dtype, monkeypatch: p
     )
 
 
+@pytest.mark.parametrize("backend", dispatch.available("linear_cross_entropy", torch.zeros(1)))
+def test_loss_scaling_saves_gradients_of_float16(backend: str) -> None:
+    """1 / N of 20,000 rows is all but lost in float16 where the loss's scale comes later."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20_000, 8, generator=generator).half().requires_grad_()
+    weight = 0.02 * torch.randn(5, 8, generator=generator)
+    targets = torch.randint(5, (20_000,), generator=generator)
+    (got,) = torch.autograd.grad(65536 * sk.linear_cross_entropy(x, weight, targets, backend=backend), x)
+    wide = x.detach().double().requires_grad_()
+    (wanted,) = torch.autograd.grad(65536 * composed(wide, weight.double(), targets), wide)
+    assert got.dtype == torch.float16
+    assert (got.double() - wanted).norm() < 2e-3 * wanted.norm()
+
+
+def test_evaluation_takes_no_gradients() -> None:
+    x, weight, targets = tensors()
+    shares = []
+
+    def spy(logits: Tensor, of: Tensor, ignore_index: int, share: Tensor | None) -> tuple[Tensor, Tensor]:
+        shares.append(share)
+        return reference.rows_loss(logits, of, ignore_index, share)
+
+    with torch.no_grad():
+        quiet = reference.fused_loss(x, weight, targets, -100, spy)
+    loud = reference.fused_loss(x, weight, targets, -100, spy)
+    assert [share is None for share in shares] == [True, False]
+    assert torch.equal(quiet, loud)
+
+
 def test_derivatives_are_right_and_first_only() -> None:
     x, weight, targets = tensors()
     assert torch.autograd.gradcheck(lambda *t: sk.linear_cross_entropy(*t, targets), (x, weight))
