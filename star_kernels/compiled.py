@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 NAMESPACE = "star_kernels"
 
@@ -118,8 +119,18 @@ def call(op: Any, *arguments: Any) -> Any:
         if function is None or torch._C._are_functorch_transforms_active():
             return op(*arguments)
         return function.apply(*arguments)
+    refuse_tangents(op, arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
+
+
+def refuse_tangents(op: Any, arguments: Sequence[Any]) -> None:
+    """Raises where forward-mode derivatives would be left out without a word."""
+    if forward_ad._current_level < 0:
+        return
+    for argument in arguments:
+        if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
+            raise NotImplementedError(f"{op}: no forward-mode derivatives; backend='reference' has them")
 
 
 def like(gradient: Tensor, tensor: Tensor | None) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from star_kernels import dispatch
 from star_kernels.attention import reference
-from star_kernels.compiled import call, like, operator, register_autograd, register_fake
+from star_kernels.compiled import call, like, operator, refuse_tangents, register_autograd, register_fake
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
@@ -154,6 +154,7 @@ def attention_decode(
     if needs_gradient and torch.is_grad_enabled():
         y: Tensor = _AttentionDecode.apply(q, k_cache, v_cache, lengths, scale, window)
         return y
+    refuse_tangents("attention_decode", (q, k_cache, v_cache))
     y = torch.ops.star_kernels.attention_decode.default(q, k_cache, v_cache, lengths, scale, window)
     return y
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from star_kernels import dispatch
-from star_kernels.compiled import eager_function, needs_gradient
+from star_kernels.compiled import eager_function, needs_gradient, refuse_tangents
 from star_kernels.launch.support import INTERPRETED
 
 NAMESPACE = "star_kernels_triton"
@@ -85,4 +85,5 @@ class Operator:
             return self.definition(*arguments)
         if self._eager is not None and needs_gradient(arguments):
             return self._eager.apply(*arguments)
+        refuse_tangents(self.definition, arguments)
         return self.function(*arguments)

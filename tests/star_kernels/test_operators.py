@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import star_kernels
@@ -312,6 +314,23 @@ def test_autocast(case: Case, backend: str, device: str) -> None:
     wanted = flatten(getattr(star_kernels, case.operator)(**widen(arguments), backend="reference"))
     for got, right in zip(outputs, wanted, strict=True):
         assert error(got.detach().cpu(), right.detach()) < 3e-2 * case.tolerance
+
+
+@pytest.mark.parametrize(("case", "backend", "device"), FIRST_ROWS)
+def test_forward_mode_is_right_or_refused(case: Case, backend: str, device: str) -> None:
+    arguments = {
+        name: value.detach() if isinstance(value, Tensor) else value
+        for name, value in cast(case, torch.float32, device=device).items()
+    }
+    first = next(iter(arguments))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(arguments[first], torch.ones_like(arguments[first]))
+        outputs: list[Tensor] = []
+        with contextlib.suppress(NotImplementedError):
+            outputs = flatten(
+                getattr(star_kernels, case.operator)(**{**arguments, first: dual}, backend=backend)
+            )
+        assert not outputs or any(forward_ad.unpack_dual(output).tangent is not None for output in outputs)
 
 
 def compiled_operators() -> list[str]:
