@@ -97,11 +97,12 @@ def _specialise(launch: Launch, configuration: Configuration) -> tuple[dict[str,
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for position, parameter in enumerate(launch.kernel.function.params):
         value = values[parameter.name]
-        kind = "constexpr" if parameter.is_constexpr else _type_of(value)
+        fixed = parameter.do_not_specialize
+        kind = "constexpr" if parameter.is_constexpr else "i32" if fixed and value == 1 else _type_of(value)
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[parameter.name] = value
-        elif kind.startswith("*") or (kind.startswith("i") and kind != "i1" and value % 16 == 0):
+        elif kind.startswith("*") or (not fixed and kind in ("i32", "i64") and value % 16 == 0):
             attributes[(position,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 
