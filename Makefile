@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 # One test worker a core, each with one thread: tiny operators stall with more.
 TEST_WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Of thousands of modules that are installed few are imported: those are compiled then.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml constraints.txt
 
 .PHONY: demo test lint types pytest emulated install build wheel test-wheel sanitize compute-sanitizer bench-cpu bench-gpu compile-matrix compile-cuda clean
@@ -22,7 +23,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.dev
-	$(BIN)/mypy star star_kernels benchmarks
+	$(BIN)/mypy --num-workers $(TEST_WORKERS) star star_kernels benchmarks
 
 # Remakes benchmarks/results/cpu.md, in about twenty minutes of an otherwise idle machine. Of fla, only the files
 # of its plain definitions are read, which need none of its dependencies.
