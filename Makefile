@@ -23,7 +23,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.dev
-	$(BIN)/mypy --num-workers $(TEST_WORKERS) star star_kernels benchmarks
+	$(BIN)/mypy star star_kernels benchmarks
 
 # Remakes benchmarks/results/cpu.md, in about twenty minutes of an otherwise idle machine. Of fla, only the files
 # of its plain definitions are read, which need none of its dependencies.
