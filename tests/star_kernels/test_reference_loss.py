@@ -57,11 +57,11 @@ def test_chunks_make_no_difference(rows: int, dtype: torch.dtype, monkeypatch: p
 
 @pytest.mark.parametrize("backend", dispatch.available("linear_cross_entropy", torch.zeros(1)))
 def test_loss_scaling_saves_gradients_of_float16(backend: str) -> None:
-    """1 / N of 20,000 rows is all but lost in float16 where the loss's scale comes later."""
+    """Gradients of 1e-6 are all but lost in float16 where the loss's scale comes later."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(20_000, 8, generator=generator).half().requires_grad_()
-    weight = 0.02 * torch.randn(5, 8, generator=generator)
-    targets = torch.randint(5, (20_000,), generator=generator)
+    x = torch.randn(300, 8, generator=generator).half().requires_grad_()
+    weight = 3e-4 * torch.randn(5, 8, generator=generator)
+    targets = torch.randint(5, (300,), generator=generator)
     (got,) = torch.autograd.grad(65536 * sk.linear_cross_entropy(x, weight, targets, backend=backend), x)
     wide = x.detach().double().requires_grad_()
     (wanted,) = torch.autograd.grad(65536 * composed(wide, weight.double(), targets), wide)
