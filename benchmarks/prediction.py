@@ -191,4 +191,5 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, MeasurementError, OSError) as error:
-        sys.exit(f"prediction: {error}")
+        print(f"prediction: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -130,7 +130,7 @@ def refuse_tangents(op: Any, arguments: Sequence[Any]) -> None:
         return
     for argument in arguments:
         if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
-            raise NotImplementedError(f"{op}: no forward-mode derivatives; backend='reference' has them")
+            raise RuntimeError(f"{op}: no forward-mode derivatives; use backend='reference'")
 
 
 def like(gradient: Tensor, tensor: Tensor | None) -> Tensor | None:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from star_kernels import driver
 
@@ -183,6 +184,8 @@ def choose(operator: str, backend: str | None, tensor: Tensor) -> Callable[..., 
     forms = _implementations[operator]
     if backend is None:
         backend = _in_use
+    if backend is None and forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+        backend = "reference"  # the only form that has forward-mode derivatives
     if backend is None:
         for name in _order(operator, tensor):
             candidate = forms.get(name)

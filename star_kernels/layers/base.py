@@ -123,16 +123,12 @@ class LivLayer(nn.Module):
             require_cache(type(self).__name__, cache, x)
         if not given:
             return self.featurizer.make_features(x, self.groups, cache)
-        if own := [name for name in self.own_groups if name in given]:
-            known = ", ".join(name for name in self.groups if name not in self.own_groups)
+        takes = [name for name in self.groups if name not in self.own_groups]
+        if strange := [name for name in given if name not in takes]:
             raise ValueError(
-                f"{type(self).__name__}: given has {own[0]!r}, always its own; it takes groups out of {known}"
+                f"{type(self).__name__}: given has {strange[0]!r}; it takes groups out of {', '.join(takes)}"
             )
         names = tuple(name for name in self.groups if name not in given)
-        if len(names) + len(given) != len(self.groups):
-            strange = next(name for name in given if name not in self.groups)
-            known = ", ".join(name for name in self.groups if name not in self.own_groups)
-            raise ValueError(f"{type(self).__name__}: given has {strange!r}; it takes groups out of {known}")
         made = self.featurizer.make_features(x, names, cache) if names else {}
         return {**made, **given}
 
