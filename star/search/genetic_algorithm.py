@@ -60,7 +60,7 @@ class GeneticAlgorithm:
         children = sorted(self._proposals.latest, key=self._fitness_of)
         kept = min(ELITE, self._settings.population - 1)  # or no child would ever come in
         elite = sorted(self._population, key=self._fitness_of)[:kept]
-        self._population = [*elite, *children][: max(self._settings.population, len(elite))]
+        self._population = [*elite, *children][: self._settings.population]
         return self._population
 
     def _number(self, vector: tuple[float, ...] | None) -> float:
